@@ -1,0 +1,1 @@
+"""kiln runs builds: content-addressed requests in, sandboxed commands, content-addressed outputs out."""

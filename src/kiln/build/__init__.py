@@ -1,0 +1,1 @@
+"""The build protocol: what is asked (`model`), what is answered (`events`), and who answers (`service`)."""

@@ -1,0 +1,1 @@
+"""The content-addressed store: blobs and directories under their digests."""
