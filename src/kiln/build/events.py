@@ -3,17 +3,17 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from types import MappingProxyType
 
 from kiln.build.model import BuildOptions
 from kiln.castore.model import Digest, FileNode, Node
 
-_NOTHING: Mapping[str, str] = MappingProxyType({})
+# UNSPECIFIED is what a newer peer said in a word that this kiln does not know; kiln itself never says it.
 
 
 class Stream(Enum):
     """Where log bytes came from. OUTPUT is stdout, and stderr with it unless they are split."""
 
+    UNSPECIFIED = 0
     OUTPUT = 1
     STDERR = 2
     BUILDER = 3
@@ -22,6 +22,7 @@ class Stream(Enum):
 class PhaseKind(Enum):
     """The stretches of one attempt."""
 
+    UNSPECIFIED = 0
     FETCH = 1
     STAGE = 2
     RUN = 3
@@ -32,6 +33,7 @@ class PhaseKind(Enum):
 class Wait(Enum):
     """What a queued build waits for."""
 
+    UNSPECIFIED = 0
     SLOT = 1
     MEMORY = 2
     WORKER = 3
@@ -43,6 +45,7 @@ class Wait(Enum):
 class Reason(Enum):
     """Why a build failed: the closed list."""
 
+    UNSPECIFIED = 0
     INVALID_REQUEST = 1
     MISSING_INPUT = 2
     UNSATISFIABLE = 3
@@ -86,7 +89,7 @@ class BuilderInfo:
     contract: str = ""
     system: str = ""
     shell_digest: Digest | None = None
-    weaker: Mapping[str, str] = _NOTHING
+    weaker: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,16 +266,16 @@ class OutputReady:
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """Something worth knowing that changes no verdict: LOG_TRUNCATED, WEAKER_ISOLATION, SHELL_ATTACHED, CACHE_DIFFERS."""
+    """Worth knowing, changes no verdict: LOG_TRUNCATED, WEAKER_ISOLATION, SHELL_ATTACHED, CACHE_DIFFERS."""
 
     kind: str
     text: str
-    fields: Mapping[str, str] = _NOTHING
+    fields: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class AttemptEnded:
-    """This attempt failed for a reason that is not the build's, and another follows."""
+    """An attempt failed for a reason that is not the build's, and another follows."""
 
     failure: Failure
     next: str = ""
@@ -337,9 +340,7 @@ class Heartbeat:
     log_size: int
 
 
-RecordedEvent = (
-    Accepted | Queued | Assigned | Phase | Log | OutputReady | Notice | AttemptEnded | Cancelling | Finished
-)
+RecordedEvent = Accepted | Queued | Assigned | Phase | Log | OutputReady | Notice | AttemptEnded | Cancelling | Finished
 PassingEvent = Progress | Sample | Heartbeat
 BuildEvent = RecordedEvent | PassingEvent
 

@@ -3,10 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from types import MappingProxyType
 
 from kiln.build.validate import check_request
 from kiln.castore.model import Node
+
+CONTRACT = "kiln-contract-1"  # What a build gets to see; a change of it is another version.
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,4 +80,4 @@ class BuildOptions:
     sample_every_s: float = 0.0
     build_id: str = ""
     """Given by whoever records the build; empty: the backend makes one up. Not on the wire."""
-    labels: Mapping[str, str] = MappingProxyType({})
+    labels: Mapping[str, str] = field(default_factory=dict)

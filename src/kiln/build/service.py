@@ -1,5 +1,8 @@
-"""The two interfaces of whoever runs builds: the one-build interface of backends and wrappers, and the one of a host
-that owns its builds, remembers them and lets anybody follow."""
+"""The two interfaces of whoever runs builds.
+
+`BuildService` is that of backends and wrappers, for one build; `BuildHost` that of a host that owns its builds,
+remembers them and lets anybody follow.
+"""
 
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager
@@ -50,7 +53,7 @@ class BuildInfo:
     first_seq: int
     head_seq: int
     request: BuildRequest | None = None
-    labels: Mapping[str, str] = MappingProxyType({})
+    labels: Mapping[str, str] = field(default_factory=dict)
     request_digest: bytes = b""
 
 
@@ -80,7 +83,11 @@ class BuildHost(Protocol):
         """What is known of one build. An unambiguous prefix of the id will do."""
 
     async def list(
-        self, *, labels: Mapping[str, str] = MappingProxyType({}), running_only: bool = False, limit: int = 0,
+        self,
+        *,
+        labels: Mapping[str, str] = MappingProxyType({}),
+        running_only: bool = False,
+        limit: int = 0,
         page: str = "",
     ) -> tuple[tuple[BuildInfo, ...], str]:
         """Newest first, and the next page's name (empty: none)."""
