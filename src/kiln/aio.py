@@ -1,12 +1,13 @@
-"""Asyncio tools: a producer beside a block, its items iterated inside."""
+"""Asyncio tools: a producer beside a block, iterators closed in time, a bounded number of calls at once."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
 T = TypeVar("T")
+R = TypeVar("R")
 Emit = Callable[[T], Awaitable[None]]
 
 
@@ -53,3 +54,34 @@ async def streaming(produce: Callable[[Emit[T]], Awaitable[None]], *, capacity: 
         await asyncio.wait([task])
         if not task.cancelled():
             task.result()
+
+
+@asynccontextmanager
+async def closing(items: AsyncIterator[T]) -> AsyncIterator[AsyncIterator[T]]:
+    """`items`, and a generator behind them closed with the block, not when it happens to be collected."""
+    try:
+        yield items
+    finally:
+        if isinstance(items, AsyncGenerator):
+            await items.aclose()
+
+
+async def each(call: Callable[[T], Awaitable[R]], arguments: Iterable[T], *, at_once: int) -> list[R]:
+    """What `call` returns for each argument, in their order, with at most `at_once` calls open.
+
+    The first error ends the other calls and is raised as it is.
+    """
+    todo = iter(enumerate(arguments))
+    results: dict[int, R] = {}
+
+    async def work() -> None:
+        for index, argument in todo:
+            results[index] = await call(argument)
+
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(at_once):
+                tasks.create_task(work())
+    except ExceptionGroup as group:
+        raise group.exceptions[0] from None
+    return [results[index] for index in range(len(results))]

@@ -1,0 +1,1 @@
+"""Directory services: one backend, or one concern around any of them, a file."""
