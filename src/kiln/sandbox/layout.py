@@ -1,0 +1,163 @@
+"""The directory of one build on the host: builds/<id>/ with its lock, its scratch and, while it runs, its log.
+
+A live build holds an exclusive lock on `lock`; a directory whose lock can be had belongs to a build that is over.
+"""
+
+import contextlib
+import fcntl
+import os
+import stat
+from dataclasses import dataclass
+
+from kiln.sandbox.plan import HostDirectory, RootPlan, TMP
+from kiln.sandbox.uids import Identity
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """Where an output is on the host; or, where `path` is None, why it is nowhere, and what lies near it."""
+
+    path: str | None
+    problem: str = ""
+    near: tuple[str, ...] = ()
+
+
+class Layout:
+    """builds/<id>/ of a build whose plan is known."""
+
+    def __init__(self, directory: str) -> None:
+        self.directory = directory
+        self._lock: int | None = None
+        self._scratch: dict[str, str] = {}
+
+    def claim(self) -> bool:
+        """Make the directory and take its lock, which is held until `release`; False if another process has it."""
+        os.makedirs(self.directory, mode=0o700, exist_ok=True)
+        lock = os.open(f"{self.directory}/lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            return False
+        self._lock = lock
+        return True
+
+    def release(self) -> None:
+        """Give the lock back."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def prepare(self, plan: RootPlan, identity: Identity | None) -> None:
+        """Make the scratch directories with all that has to be in them; owned by `identity`, or by us."""
+        os.mkdir(f"{self.directory}/scratch", 0o700)
+        for number, root in enumerate(plan.scratch):
+            path = f"{self.directory}/scratch/{number}"
+            self._scratch[root.root] = path
+            self._make(path, 0o1777 if root.root == TMP else 0o755, identity)
+            self._fill(root, path, identity)
+
+    def _fill(self, root: HostDirectory, path: str, identity: Identity | None) -> None:
+        def on_host(inside: str) -> str:
+            return path + inside[len(root.root) :]
+
+        for directory in root.directories:
+            self._make(on_host(directory), 0o755, identity)
+        for target, is_directory in root.mount_points:
+            if is_directory:
+                os.mkdir(on_host(target), 0o755)
+            else:
+                os.close(os.open(on_host(target), os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o444))
+        for link in root.links:
+            os.symlink(link.target, on_host(link.path))
+        for file in root.files:
+            descriptor = os.open(on_host(file.path), os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+            with os.fdopen(descriptor, "wb") as opened:
+                opened.write(file.contents)
+                os.fchmod(descriptor, file.mode)
+                if identity is not None:
+                    os.fchown(descriptor, identity.uid, identity.uid)
+
+    @staticmethod
+    def _make(path: str, mode: int, identity: Identity | None) -> None:
+        os.mkdir(path, mode)
+        os.chmod(path, mode)  # What mkdir makes of it depends on our umask.
+        if identity is not None:
+            os.chown(path, identity.uid, identity.uid)
+
+    def protect_inputs(self, inputs_dir: str, identity: Identity | None) -> None:
+        """Where inputs stand in scratch: new names can be made beside them, theirs cannot be taken away."""
+        path = self.host_path(inputs_dir)
+        if path is not None and identity is not None:
+            os.chown(path, 0, 0)
+            os.chmod(path, 0o1777)
+
+    def keep(self, *, until_s: float) -> None:
+        """Mark the directory as a kept failure, to be removed after `until_s` (Unix seconds)."""
+        with open(f"{self.directory}/kept", "w", encoding="ascii") as file:
+            file.write(f"{until_s:.0f}\n")
+
+    def host_path(self, inside: str) -> str | None:
+        """The host's path of what is at `inside` in the sandbox; None if that is in no scratch."""
+        for root, path in self._scratch.items():
+            if inside == root or inside.startswith(root + "/"):
+                return path + inside[len(root) :]
+        return None
+
+    @property
+    def scratch(self) -> dict[str, str]:
+        """Scratch path -> host directory."""
+        return dict(self._scratch)
+
+    def uncover(self, plan: RootPlan, outputs: tuple[str, ...]) -> None:
+        """Remove from `outputs` the mount points that were made for the plan's mounts: no part of any result."""
+        for root in plan.scratch:
+            for target, is_directory in root.mount_points:
+                if any(target.startswith(output + "/") for output in outputs):
+                    path = self.host_path(target)
+                    assert path is not None
+                    with contextlib.suppress(OSError):  # The build may have moved it; then it is what it made of it.
+                        (os.rmdir if is_directory else os.unlink)(path)
+
+    def locate(self, output: str) -> Located:
+        """Find an output that the build should have made, following nothing on the way."""
+        path = self.host_path(output)
+        assert path is not None, "an output outside scratch is refused with the request"
+        root = next(r for r in self._scratch if output == r or output.startswith(r + "/"))
+        current, walked = self._scratch[root], root
+        parts = [part for part in output[len(root) :].split("/") if part]
+        for part in parts:
+            try:
+                names = sorted(os.listdir(current))
+            except OSError:
+                names = []
+            try:
+                found = os.lstat(f"{current}/{part}")
+            except OSError:
+                return Located(None, f"{output} was not made", tuple(f"{walked}/{name}" for name in names[:16]))
+            current, walked = f"{current}/{part}", f"{walked}/{part}"
+            if walked != output and not stat.S_ISDIR(found.st_mode):
+                return Located(None, f"{output} was not made: {walked} is no directory")
+        return Located(current)
+
+    def disk_bytes(self) -> int:
+        """What all of scratch occupies now."""
+        return sum(_occupied(path) for path in self._scratch.values())
+
+
+def _occupied(root: str) -> int:
+    """Bytes on disk of everything below `root`, each inode once; what vanishes meanwhile counts nothing."""
+    total, seen, pending = 0, set(), [root]
+    while pending:
+        with contextlib.suppress(OSError), os.scandir(pending.pop()) as entries:
+            for entry in entries:
+                with contextlib.suppress(OSError):
+                    found = entry.stat(follow_symlinks=False)
+                    if stat.S_ISDIR(found.st_mode):
+                        pending.append(entry.path)
+                    elif found.st_nlink > 1:
+                        if found.st_ino in seen:
+                            continue
+                        seen.add(found.st_ino)
+                    total += found.st_blocks * 512
+    return total
