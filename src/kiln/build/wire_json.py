@@ -6,8 +6,10 @@ fit the message, and for a request RequestInvalid as well.
 """
 
 import json
+import re
 from typing import TypeVar
 
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.json_format import MessageToDict, ParseDict, ParseError
 from google.protobuf.message import Message
 
@@ -23,6 +25,7 @@ from kiln.protos.snix.build.protos import build_pb2
 from kiln.protos.snix.castore.protos import castore_pb2
 
 M = TypeVar("M", bound=Message)
+_BASE64 = re.compile(r"[A-Za-z0-9+/_-]*={0,2}")  # Of both alphabets, as the mapping has it.
 
 
 def request_from_json(text: str | bytes) -> BuildRequest:
@@ -72,7 +75,7 @@ def _parsed(text: str | bytes, message: M, *, ignore_unknown: bool = False) -> M
         value = json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         raise Malformed(what, error.msg, line=error.lineno, column=error.colno) from error
-    except _Repeated as error:
+    except _RepeatedNameError as error:
         raise Malformed(what, f"the name {json.dumps(error.args[0])} stands twice in one object") from error
     except UnicodeDecodeError as error:
         raise Malformed(what, f"byte {error.start} is not UTF-8") from error
@@ -82,13 +85,36 @@ def _parsed(text: str | bytes, message: M, *, ignore_unknown: bool = False) -> M
         raise Malformed(what, str(error)) from error
     if not isinstance(value, dict):
         raise Malformed(what, "it is no JSON object")
+    descriptor: Descriptor = message.DESCRIPTOR  # type: ignore[assignment]  # The stubs do not know that upb's is one.
+    _check_object(what, "", value, descriptor)
     try:
         return ParseDict(value, message, ignore_unknown_fields=ignore_unknown)
     except ParseError as error:
-        raise Malformed(what, " ".join(str(error).split())) from error
+        raise Malformed(what, " ".join(str(error).split()).rstrip(".")) from error
 
 
-class _Repeated(Exception):
+def _check_object(what: str, path: str, value: dict[str, object], message: Descriptor) -> None:
+    """Refuse what json_format lets pass: one field under both its names, and base64 with other characters in it.
+
+    It leaves such characters out and decodes the rest: another value than the one that was meant.
+    """
+    seen: set[str] = set()
+    for name, given in value.items():
+        field = message.fields_by_name.get(name) or message.fields_by_camelcase_name.get(name)
+        if field is None:
+            continue
+        if field.name in seen:
+            raise Malformed(what, f"{path}{field.name} stands twice in one object")
+        seen.add(field.name)
+        for index, item in enumerate(given if isinstance(given, list) else [given]):
+            where = f"{path}{field.name}[{index}]" if isinstance(given, list) else path + field.name
+            if field.type == FieldDescriptor.TYPE_BYTES and isinstance(item, str) and not _BASE64.fullmatch(item):
+                raise Malformed(what, f"{where} is not base64")
+            if field.message_type is not None and isinstance(item, dict):
+                _check_object(what, f"{where}.", item, field.message_type)
+
+
+class _RepeatedNameError(ValueError):
     """One object has a name twice."""
 
 
@@ -96,6 +122,6 @@ def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found: dict[str, object] = {}
     for name, value in pairs:
         if name in found:
-            raise _Repeated(name)
+            raise _RepeatedNameError(name)
         found[name] = value
     return found
