@@ -130,35 +130,42 @@ async def test_a_tree_500_deep(directories: DirectoryService) -> None:
 
 
 names = st.binary(min_size=1, max_size=255).filter(
-    lambda n: not {b"/", b"\0"} & {bytes([c]) for c in n} and n not in {b".", b".."}
+    lambda name: b"/" not in name and b"\0" not in name and name not in {b".", b".."}
 )
+targets = st.binary(min_size=1, max_size=60).filter(lambda target: b"\0" not in target)
+entries = st.one_of(
+    st.builds(SymlinkNode, targets),
+    st.tuples(st.binary(max_size=4), st.integers(0, 2**64 - 1), st.booleans()),  # A file: contents, size, executable.
+    st.integers(0, 5),  # One of the directories before this one.
+)
+# Any directed acyclic graph of directories, whatever the scheme: children first.
+graphs = st.lists(st.dictionaries(names, entries, max_size=5), min_size=1, max_size=6)
 
 
-def leaves(scheme: Scheme) -> st.SearchStrategy[Node]:
-    targets = st.binary(min_size=1, max_size=60).filter(lambda target: b"\0" not in target)
-    sizes = st.integers(0, 2**64 - 1)
-    contents = st.binary(max_size=4).map(scheme.digest_of)
-    return st.one_of(targets.map(SymlinkNode), st.builds(FileNode, contents, sizes, st.booleans()))
-
-
-@st.composite
-def trees(draw: st.DrawFn, scheme: Scheme) -> list[Directory]:
-    """A random directed acyclic graph of directories, children first, the root reaching as far as it happens to."""
+def directories_of(graph: list[dict[bytes, Node | tuple[bytes, int, bool] | int]], scheme: Scheme) -> list[Directory]:
     made: list[Directory] = []
-    for _ in range(draw(st.integers(1, 6))):
-        nodes = leaves(scheme)
-        if made:
-            nodes |= st.sampled_from([node_of(scheme, directory) for directory in made])
-        made.append(Directory.of(draw(st.dictionaries(names, nodes, max_size=5)).items()))
+
+    def node(entry: Node | tuple[bytes, int, bool] | int) -> Node:
+        if isinstance(entry, int):
+            return node_of(scheme, made[entry % len(made)]) if made else SymlinkNode(b"none")
+        if isinstance(entry, tuple):
+            contents, size, executable = entry
+            return FileNode(scheme.digest_of(contents), size, executable)
+        return entry
+
+    for named in graph:
+        made += [Directory.of((name, node(entry)) for name, entry in named.items())]
     return made
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-async def test_any_tree_survives(directories: DirectoryService, data: st.DataObject) -> None:
-    made = data.draw(trees(directories.scheme))
+@given(graph=graphs)
+async def test_any_tree_survives(
+    directories: DirectoryService, graph: list[dict[bytes, Node | tuple[bytes, int, bool] | int]]
+) -> None:
+    made = directories_of(graph, directories.scheme)
     root = await directories.put(made)
-    stored = {digest_of(directories.scheme, directory): directory for directory in made}
+    brought = {digest_of(directories.scheme, directory): directory for directory in made}
     found = {digest: directory async for digest, directory in directories.closure(root)}
     assert found[root] == made[-1]
-    assert found.items() <= stored.items()
+    assert found.items() <= brought.items()

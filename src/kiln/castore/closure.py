@@ -1,7 +1,7 @@
 """Trees of directories: their order, what one put brings and relies on, what is missing, copies between stores."""
 
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -106,9 +106,11 @@ class Arrivals:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What one put brings: its directories by digest in the order given, and what it takes for stored already."""
+    """What one put brings, and what it takes for stored already."""
 
     root: Digest
+    given: Sequence[Directory]
+    """In their order, the root last, also where it came before."""
     directories: Mapping[Digest, Directory]
     relied_on: Mapping[Digest, int]
     """The size stated for each directory that is referred to and not brought."""
@@ -120,7 +122,8 @@ def batch_of(directories: Iterable[Directory], scheme: Scheme) -> Batch:
     sizes: dict[Digest, int] = {}
     relied_on: dict[Digest, int] = {}
     root = None
-    for directory in directories:
+    given = tuple(directories)
+    for directory in given:
         root = scheme.digest_of(encode_directory(directory))
         if root in brought:
             continue
@@ -138,7 +141,7 @@ def batch_of(directories: Iterable[Directory], scheme: Scheme) -> Batch:
         raise DirectoryInvalid("there is none")
     if late := relied_on.keys() & brought.keys():
         raise DirectoryInvalid(f"{min(late)} comes after a directory that refers to it")
-    return Batch(root, brought, relied_on)
+    return Batch(root, given, brought, relied_on)
 
 
 def check_size(digest: Digest, *, stated: int, size: int | None) -> None:

@@ -22,6 +22,7 @@ from kiln.protos.snix.castore.protos.rpc_blobstore_pb2 import (
     StatBlobResponse,
 )
 from kiln.protos.snix.castore.protos.rpc_directory_pb2 import GetDirectoryRequest, PutDirectoryResponse
+from kiln.rpc.requests import whole
 
 # Peers take up to 4 MiB. From 1 MiB on, larger messages gain nothing (measured: see docs).
 _ANSWERED_CHUNK_BYTES = 1024 * 1024
@@ -105,10 +106,10 @@ class BlobServicer:
                     yield BlobChunk(data=piece)
 
     async def put(
-        self, requests: AsyncIterator[BlobChunk], _context: grpc.aio.ServicerContext[BlobChunk, PutBlobResponse]
+        self, requests: AsyncIterator[BlobChunk], context: grpc.aio.ServicerContext[BlobChunk, PutBlobResponse]
     ) -> PutBlobResponse:
         """The blob that the messages make up, however they are cut."""
-        digest = await self._blobs.write(request.data async for request in requests)
+        digest = await self._blobs.write(request.data async for request in whole(requests, context))
         return PutBlobResponse(digest=digest.raw)
 
 
@@ -148,12 +149,12 @@ class DirectoryServicer:
                 await context.abort(grpc.StatusCode.INTERNAL, str(error))
 
     async def put(
-        self, requests: AsyncIterator[bytes], _context: grpc.aio.ServicerContext[bytes, PutDirectoryResponse]
+        self, requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext[bytes, PutDirectoryResponse]
     ) -> PutDirectoryResponse:
         """A tree, children before parents; what was stored before need not come again."""
         messages: list[bytes] = []
         bytes_seen = 0
-        async for message in requests:
+        async for message in whole(requests, context):
             bytes_seen += len(message)
             if bytes_seen > _PUT_BYTES_MAX:
                 raise TreeTooLarge(bytes_max=_PUT_BYTES_MAX)

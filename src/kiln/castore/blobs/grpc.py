@@ -22,8 +22,9 @@ _ASKED_AT_ONCE = 16  # castore.v1 asks for one blob a call; more calls at once g
 
 
 class GrpcBlobs(BlobService):
-    """Says what the server says: `VerifiedBlobs` has to stand around it. The empty blob is there without asking,
-    which not every server knows.
+    """Says what the server says: `VerifiedBlobs` has to stand around it.
+
+    The empty blob is there without asking, for not every server has it.
     """
 
     def __init__(self, peer: Peer, scheme: Scheme) -> None:

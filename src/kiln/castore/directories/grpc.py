@@ -98,11 +98,10 @@ class GrpcDirectories(DirectoryService):
             raise
 
     async def _send(self, batch: Batch) -> Digest:
-        encoded = {digest: encode_directory(directory) for digest, directory in batch.directories.items()}
 
         async def messages() -> AsyncIterator[bytes]:
-            for message in encoded.values():
-                yield message
+            for directory in batch.given:
+                yield encode_directory(directory)
 
         try:
             answer = await send(self._peer, self._put, messages())
@@ -110,10 +109,10 @@ class GrpcDirectories(DirectoryService):
             # What gRPC's core and tonic say of a message over the limit; only they know which it is.
             stated = _LIMIT_IN_TEXT.search(str(error))
             bytes_max = int(stated[1]) if stated else _USUAL_LIMIT
-            for digest, message in encoded.items():
-                if len(message) > bytes_max:
-                    entries = len(batch.directories[digest].entries)
-                    raise DirectoryTooLarge(digest, size=len(message), entries=entries, bytes_max=bytes_max) from error
+            for digest, directory in batch.directories.items():
+                if (size := len(encode_directory(directory))) > bytes_max:
+                    entries = len(directory.entries)
+                    raise DirectoryTooLarge(digest, size=size, entries=entries, bytes_max=bytes_max) from error
             raise
         found = Digest(answer.root_digest)
         if found != batch.root:
@@ -130,4 +129,5 @@ class GrpcDirectories(DirectoryService):
             except DirectoryNotFound:
                 check_size(digest, stated=stated, size=None)
             check_size(digest, stated=stated, size=self._scheme.size_of(below[digest]))
-        return Batch(batch.root, {**children_first(below, batch.relied_on), **batch.directories}, {})
+        brought = children_first(below, batch.relied_on)
+        return Batch(batch.root, (*brought.values(), *batch.given), {**brought, **batch.directories}, {})

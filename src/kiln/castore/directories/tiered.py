@@ -54,7 +54,7 @@ class TieredDirectories(DirectoryService):
                 await self._bring_near(digest)
             except DirectoryNotFound as error:
                 raise DirectoryInvalid(f"it refers to {digest}: {error}") from error
-        return await self._near.put(batch.directories.values())
+        return await self._near.put(batch.given)
 
     async def _bring_near(self, root: Digest) -> dict[Digest, Directory]:
         async with closing(self._far.closure(root)) as directories:

@@ -41,7 +41,7 @@ class VerifiedDirectories(DirectoryService):
 
     async def put(self, directories: Iterable[Directory]) -> Digest:
         batch = batch_of(directories, self.scheme)
-        found = await self._inner.put(batch.directories.values())
+        found = await self._inner.put(batch.given)
         if found != batch.root:
             raise DigestMismatch(wanted=batch.root, found=found, what="directory")
         return found
