@@ -119,6 +119,11 @@ def to_response(outputs: Iterable[Output]) -> build_pb2.BuildResponse:
 
 def refuse_unknown_fields(request: Message) -> None:
     """Raise RequestInvalid for a field, in `request` or any message in it, that this kiln does not know."""
+    known = type(request)()
+    known.CopyFrom(request)
+    known.DiscardUnknownFields()
+    if known.ByteSize() == request.ByteSize():
+        return  # The walk below is Python, and takes 2 ms for 500 inputs.
     for field, index, message in _parts("", -1, request):
         unknown = UnknownFieldSet(message)
         if len(unknown):
