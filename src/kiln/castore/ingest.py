@@ -6,9 +6,9 @@ whatever its owner does meanwhile. It blocks: run it in a thread.
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from errno import EACCES, ELOOP, EMLINK, ENOENT, ENOTDIR, ENXIO, EPERM, EXDEV
 from typing import Protocol
@@ -62,13 +62,17 @@ class Job(Protocol):
 
 
 class Sharing(Protocol):
-    """Takes directories off the walker's hands."""
+    """Takes directories off a walker's hands."""
 
     def wants(self, files_so_far: int) -> bool:
         """Whether directories should be offered now."""
 
     def offer(self, parts: list[bytes]) -> Job:
         """Hand over the directory at `parts`, from the root."""
+
+
+class Stopped(Exception):  # noqa: N818 - No error: whoever asked for it is no longer there.
+    """The walk was asked to stop."""
 
 
 class _Frame:
@@ -97,10 +101,13 @@ class Walker:
         scanner: RefScanner | None,
         ownership: Ownership,
         *,
-        sharing: Sharing | None = None,
         alone: bool = True,
+        stop: Callable[[], bool] = bool,
     ) -> None:
-        """`alone`: no other walker works on the same tree, so we know which blobs' inodes the tree already has."""
+        """`alone`: no other walker works on the same tree, so we know which blobs' inodes the tree already has.
+
+        `stop` is asked at each directory; where it says so, the walk raises Stopped.
+        """
         self._files = files
         self._scheme = scheme
         self._weight = scheme.weight
@@ -108,7 +115,7 @@ class Walker:
         self._scanner = scanner
         self._take_over = ownership.take_over or ownership.adopt
         self._adopt = ownership.adopt
-        self._sharing = sharing
+        self._stop = stop
         self._alone = alone
         self._claimed: set[tuple[bytes, bool]] = set()
         self._directories: list[tuple[bytes, bytes]] = []
@@ -117,8 +124,11 @@ class Walker:
         self._uid = os.geteuid()
         self._device = -1
 
-    def walk(self, path: str) -> Walked:
-        """The file, symlink or directory at `path`; its parents may be links, it is not followed."""
+    def walk(self, path: str, crew: Callable[[int], AbstractContextManager[Sharing]] | None = None) -> Walked:
+        """The file, symlink or directory at `path`; its parents may be links, it is not followed.
+
+        `crew` makes those who take directories of the tree with that open root off our hands.
+        """
         name = os.fsencode(path)
         try:
             mode = os.lstat(name).st_mode
@@ -127,7 +137,9 @@ class Walker:
         except OSError as error:
             raise IngestDenied(name, str(error.strerror)) from error
         if stat.S_ISDIR(mode):
-            return self.walk_directory(self._open_root(name))
+            root = self._open_root(name)
+            with crew(root) if crew else nullcontext() as sharing:
+                return self.walk_directory(root, (), sharing)
         if stat.S_ISLNK(mode):
             return self._walked(SymlinkNode(self._target(name, None, name)))
         if not stat.S_ISREG(mode):
@@ -135,14 +147,14 @@ class Walker:
         digest, size, executable = self._file(name, None, name)
         return self._walked(FileNode(Digest(digest), size, executable))
 
-    def walk_directory(self, descriptor: int, parts: list[bytes] | None = None) -> Walked:
-        """The directory `descriptor`, which is taken over, or the one at `parts` below it."""
+    def walk_directory(self, descriptor: int, parts: Sequence[bytes], sharing: Sharing | None = None) -> Walked:
+        """The directory at `parts` below the open directory `descriptor`, which is taken over."""
         self._directories, self._bytes, self._count = [], 0, 0
         with Descent(descriptor) as descent:
             self._device = os.fstat(descriptor).st_dev
-            for part in parts or ():
+            for part in parts:
                 self._enter(descent, part)
-            return self._walked(self._tree(descent))
+            return self._walked(self._tree(descent, sharing))
 
     def _open_root(self, name: bytes) -> int:
         try:
@@ -162,12 +174,14 @@ class Walker:
         needles = frozenset(self._scanner.found) if self._scanner else frozenset[int]()
         return Walked(node, self._directories, needles, self._bytes, self._count)
 
-    def _tree(self, descent: Descent) -> DirectoryNode:
+    def _tree(self, descent: Descent, sharing: Sharing | None) -> DirectoryNode:
         frames = [self._scan(descent, b"")]
         while True:
             frame = frames[-1]
-            if self._sharing is not None and self._sharing.wants(self._count):
-                self._share(frames, descent.parts())
+            if self._stop():
+                raise Stopped
+            if sharing is not None and sharing.wants(self._count):
+                self._share(frames, descent.parts(), sharing)
             if frame.pending:
                 name = frame.pending.pop()
                 self._enter(descent, name)
@@ -188,15 +202,14 @@ class Walker:
                 raise IngestChanged(path) from error
             frames[-1].done[frame.name] = (digest, size)
 
-    def _share(self, frames: list[_Frame], parts: list[bytes]) -> None:
+    def _share(self, frames: list[_Frame], parts: list[bytes], sharing: Sharing) -> None:
         """Offer what is pending in the directory nearest to the root: those are likely to be the largest."""
-        assert self._sharing is not None
         base = len(parts) + 1 - len(frames)
         for depth, frame in enumerate(frames):
             if frame.pending:
                 self._alone = False
                 for name in reversed(frame.pending):
-                    frame.jobs[name] = self._sharing.offer([*parts[: base + depth], name])
+                    frame.jobs[name] = sharing.offer([*parts[: base + depth], name])
                 frame.pending.clear()
                 return
 
@@ -268,7 +281,7 @@ class Walker:
         return digest, size
 
     def _target(self, name: bytes, dir_fd: int | None, where: Descent | bytes) -> bytes:
-        with _reading(where if isinstance(where, bytes) else where.path(name)):
+        with _reading(_path(where, name)):
             target = os.readlink(name, dir_fd=dir_fd)
         if self._scanner is not None:
             self._scanner.scan(target)
@@ -279,7 +292,7 @@ class Walker:
         try:
             descriptor = os.open(name, _READ, dir_fd=dir_fd)
         except OSError as error:
-            path = where if isinstance(where, bytes) else where.path(name)
+            path = _path(where, name)
             with _reading(path):
                 if error.errno != EACCES or not self._take_over or dir_fd is None:
                     raise
@@ -289,7 +302,7 @@ class Walker:
             status = os.fstat(descriptor)
             mode = status.st_mode
             if not stat.S_ISREG(mode) or (self._take_over and mode & 0o6000):
-                path = where if isinstance(where, bytes) else where.path(name)
+                path = _path(where, name)
                 if not stat.S_ISREG(mode):  # It was a regular file when the directory was read.
                     raise IngestChanged(path)
                 raise IngestRefused(path, "a setuid or setgid file")
@@ -301,7 +314,7 @@ class Walker:
             else:
                 data = os.read(descriptor, size + 1)
                 if len(data) != size:
-                    raise IngestChanged(where if isinstance(where, bytes) else where.path(name))
+                    raise IngestChanged(_path(where, name))
                 hasher = self._new_hasher()
                 hasher.update(data)
                 digest = hasher.digest()
@@ -310,7 +323,7 @@ class Walker:
                 if not adopt:
                     self._files.put(data, digest, executable)
             if self._adopt:
-                if not (adopt and self._adopted(descriptor, status.st_uid, name, dir_fd, digest, executable)):
+                if not (adopt and self._adopted(descriptor, status.st_uid, name, dir_fd, (digest, executable))):
                     self._replace(name, dir_fd, digest, executable)
             elif not self._take_over:
                 after = os.fstat(descriptor)
@@ -319,7 +332,7 @@ class Walker:
                     or after.st_ctime_ns != status.st_ctime_ns
                     or after.st_size != size
                 ):
-                    raise IngestChanged(where if isinstance(where, bytes) else where.path(name))
+                    raise IngestChanged(_path(where, name))
         finally:
             os.close(descriptor)
         self._bytes += size
@@ -334,26 +347,27 @@ class Walker:
         hasher = self._new_hasher()
         try:
             if not keep:
-                done = _pump(descriptor, hasher, stream, None)
+                same_size = _pump(descriptor, size, hasher, stream, None)
             else:
                 with self._files.new_file() as (temporary, target):
-                    done = _pump(descriptor, hasher, stream, target)
-                    if done == size:
+                    same_size = _pump(descriptor, size, hasher, stream, target)
+                    if same_size:
                         self._files.keep(temporary, target, hasher.digest(), executable)
+                    else:
+                        os.unlink(temporary, dir_fd=self._files.temporary)
         finally:
             if stream is not None:
                 stream.close()
-        if done != size:
-            raise IngestChanged(where if isinstance(where, bytes) else where.path(name))
+        if not same_size:
+            raise IngestChanged(_path(where, name))
         return hasher.digest()
 
-    def _adopted(
-        self, descriptor: int, owner: int, name: bytes, dir_fd: int | None, digest: bytes, executable: bool
-    ) -> bool:
+    def _adopted(self, descriptor: int, owner: int, name: bytes, dir_fd: int | None, key: tuple[bytes, bool]) -> bool:
         """Make the file itself sealed property of the store, and its inode the blob where there is none yet.
 
-        False where it cannot be: then a fresh inode has to take its place.
+        False where it cannot be: then a fresh inode has to take its place. `key`: digest, and whether executable.
         """
+        digest, executable = key
         try:
             if owner != self._uid:
                 os.fchown(descriptor, self._uid, os.getegid())
@@ -364,7 +378,6 @@ class Walker:
         except PermissionError:
             self._files.put_copy(descriptor, digest, executable)
             return False
-        key = (digest, executable)
         try:
             self._files.link_from(name, dir_fd, digest, executable)
         except FileExistsError:
@@ -410,8 +423,13 @@ def _drop_attributes(descriptor: int) -> bool:
     return True
 
 
-def _pump(descriptor: int, hasher: Hasher, stream: Stream | None, target: int | None) -> int:
-    """Read to the end through the hasher, the scanner and, if given, into `target`; returns the bytes seen.
+def _path(where: Descent | bytes, name: bytes) -> bytes:
+    """For errors: a file's path is worked out only when there is one."""
+    return where if isinstance(where, bytes) else where.path(name)
+
+
+def _pump(descriptor: int, size: int, hasher: Hasher, stream: Stream | None, target: int | None) -> bool:
+    """Read to the end through the hasher, the scanner and, if given, into `target`; False if it is not `size` bytes.
 
     One chunk is hashed in a second thread (the hashers let go of the GIL) while this one writes and scans it, then
     reads the next.
@@ -421,7 +439,7 @@ def _pump(descriptor: int, hasher: Hasher, stream: Stream | None, target: int | 
         descriptor, target = target, None  # A snapshot: nothing to write, and nobody else can change it.
     hashing: Future[object] | None = None
     with ThreadPoolExecutor(1) as executor:
-        while chunk := os.read(descriptor, _CHUNK_BYTES):
+        while total <= size and (chunk := os.read(descriptor, _CHUNK_BYTES)):
             if hashing is not None:
                 hashing.result()
             hashing = executor.submit(hasher.update, chunk)
@@ -432,7 +450,7 @@ def _pump(descriptor: int, hasher: Hasher, stream: Stream | None, target: int | 
                 stream.feed(chunk)
         if hashing is not None:
             hashing.result()
-    return total
+    return total == size
 
 
 @contextmanager

@@ -83,9 +83,7 @@ def decode_directory(data: bytes) -> Directory:
 
 def _entries(data: bytes) -> Iterator[tuple[bytes, Node]]:
     for number, body in _fields(data):
-        if not isinstance(body, bytes):
-            raise ValueError(number)
-        fields = dict(_fields(body))
+        fields = dict(_fields(_bytes(body)))
         name = _bytes(fields.get(1))
         match number:
             case 1:

@@ -3,12 +3,13 @@
 import asyncio
 import fcntl
 import os
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from threading import Lock
-from typing import Literal
+from threading import Event, Lock
+from typing import Literal, TypeVar
 
 from kiln.castore.checkout import check_out, keep_tree
 from kiln.castore.dirfd import DIRECTORY, remove_tree
@@ -22,6 +23,7 @@ from kiln.castore.errors import (
 )
 from kiln.castore.export import export
 from kiln.castore.ingest import Ownership, Walked, Walker
+from kiln.castore.ingest_worker import Crew
 from kiln.castore.local.blobs import LocalBlobs
 from kiln.castore.local.database import Builds, Database, Results
 from kiln.castore.local.directories import LocalDirectories
@@ -37,6 +39,9 @@ Durability = Literal["normal", "strict"]
 _DATABASE = "db.sqlite"
 _DIRECTORIES = ("blobs", "trees", "tmp", "builds")
 _FLUSH_AFTER_S = 600.0  # How much a crash can make suspect in a process that runs for long.
+_PROCESSES_MAX = 4  # For one import; more have to be asked for.
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +140,7 @@ class LocalStore:
             if not os.access(path, os.F_OK):
                 absent.append(node)
         if absent:
-            await asyncio.to_thread(self._stage, absent)
+            await _in_thread(self._stage, absent)
         return paths
 
     async def ingest(
@@ -157,7 +162,8 @@ class LocalStore:
         in contents, symlink targets or names. Raises IngestNotFound, IngestDenied, IngestRefused, IngestChanged.
         """
         ownership = Ownership(take_over=take_over or adopt, adopt=adopt)
-        return await asyncio.to_thread(self._ingest, path, needles, ownership, processes)
+        stop = Event()
+        return await _in_thread(self._ingest, path, needles, ownership, processes, stop, stop=stop)
 
     async def add_blob(self, data: bytes) -> FileNode:
         """Store a small file's contents; the node is not executable."""
@@ -174,7 +180,7 @@ class LocalStore:
 
         Raises ContentMissing, ExportFailed, ExportFull; the destination is then as it was.
         """
-        await asyncio.to_thread(self._export, node, destination)
+        await _in_thread(self._export, node, destination)
 
     async def fsck(self, *, repair: bool = False) -> list[Damage]:
         """Check everything there is against its digest; with `repair`, drop what is damaged."""
@@ -182,7 +188,7 @@ class LocalStore:
             self._require_writable()
         with store_trouble(self.path):
             files = self._writer() if repair else self._files
-            return await asyncio.to_thread(check, files, self._database, self.scheme, repair=repair)
+            return await _in_thread(check, files, self._database, self.scheme, repair=repair)
 
     async def du(self) -> Usage:
         """How much the store holds."""
@@ -262,13 +268,21 @@ class LocalStore:
         if blobs or directories:
             raise ContentMissing(blobs=frozenset(blobs), directories=frozenset(directories))
 
-    def _ingest(self, path: str, needles: Sequence[bytes], ownership: Ownership, processes: int | None) -> Ingested:
+    def _ingest(
+        self, path: str, needles: Sequence[bytes], ownership: Ownership, processes: int | None, stop: Event
+    ) -> Ingested:
         with store_trouble(self.path):
             files = self._writer()
             if ownership.adopt and os.lstat(path).st_dev != os.fstat(self._blobs_fd).st_dev:
                 ownership = Ownership(take_over=True)
             scanner = RefScanner(needles) if needles else None
-            walked = Walker(files, self.scheme, scanner, ownership).walk(path)
+            workers = (processes or min(len(os.sched_getaffinity(0)), _PROCESSES_MAX)) - 1
+
+            def crew(root: int) -> Crew:
+                return Crew(root, files, self.scheme, needles, ownership, workers=workers)
+
+            walker = Walker(files, self.scheme, scanner, ownership, stop=stop.is_set)
+            walked = walker.walk(path, crew if workers and sys.executable else None)
             self._keep(walked, path, files, ownership)
             session = self._open_session()
             if self._strict or time.time() - session.since > _FLUSH_AFTER_S:
@@ -306,7 +320,7 @@ def _make(path: str) -> bool:
     except FileNotFoundError as error:
         raise StoreNotFound(path, "its parent directory does not exist") from error
     except OSError as error:
-        raise StoreNotFound(path, f"it cannot be made: {str(error.strerror)}") from error
+        raise StoreNotFound(path, f"it cannot be made: {error.strerror}") from error
     try:
         names = os.listdir(path)
     except OSError as error:
@@ -355,3 +369,17 @@ def _locked(path: str) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+async def _in_thread(function: Callable[..., T], *args: object, stop: Event | None = None, **kwargs: object) -> T:
+    """Run `function` in a thread; a cancelled caller sets `stop` and waits: nothing goes on behind its back."""
+    thread = asyncio.create_task(asyncio.to_thread(function, *args, **kwargs))
+    try:
+        return await asyncio.shield(thread)
+    except asyncio.CancelledError:
+        if stop is not None:
+            stop.set()
+        await asyncio.wait([thread])
+        if not thread.cancelled():
+            thread.exception()  # Retrieved: nobody is left to be told.
+        raise
