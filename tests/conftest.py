@@ -12,7 +12,7 @@ import pytest
 from kiln.rpc.channel import SERVER_OPTIONS
 from kiln.rpc.status import KilnErrors
 
-Serve = Callable[[Sequence[grpc.GenericRpcHandler]], AbstractAsyncContextManager[str]]
+Serve = Callable[..., AbstractAsyncContextManager[str]]
 
 
 @pytest.fixture
@@ -20,9 +20,11 @@ def serve(tmp_path: Path) -> Serve:
     """Serves handlers at a unix socket, as kiln does, for as long as a block; gives the URL."""
 
     @asynccontextmanager
-    async def serving(handlers: Sequence[grpc.GenericRpcHandler]) -> AsyncIterator[str]:
+    async def serving(
+        handlers: Sequence[grpc.GenericRpcHandler], options: Sequence[tuple[str, int]] = SERVER_OPTIONS
+    ) -> AsyncIterator[str]:
         interceptors = [KilnErrors(logging.getLogger("kiln.tests"))]
-        server = grpc.aio.server(handlers=handlers, interceptors=interceptors, options=SERVER_OPTIONS)
+        server = grpc.aio.server(handlers=handlers, interceptors=interceptors, options=options)
         socket = tmp_path / f"{len(list(tmp_path.iterdir()))}.sock"
         server.add_insecure_port(f"unix:{socket}")
         await server.start()

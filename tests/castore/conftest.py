@@ -1,10 +1,9 @@
 """Every castore there is, bare and wrapped, under every scheme it can have: what the shared suites run over."""
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
-import grpc
 import pytest
 
 from kiln.castore.backends import BACKENDS
@@ -24,7 +23,7 @@ from kiln.castore.protocol import PACKAGES
 from kiln.castore.registry import CastoreRegistry
 from kiln.server.castore_servicers import castore_handlers
 
-Serve = Callable[[Sequence[grpc.GenericRpcHandler]], AbstractAsyncContextManager[str]]
+Serve = Callable[..., AbstractAsyncContextManager[str]]
 
 BYTES_MAX = 64 * 1024 * 1024
 
