@@ -50,6 +50,12 @@ def test_each_reason_has_the_code_of_the_design(reason: Reason) -> None:
     assert parsed.details[0].type_url == "type.googleapis.com/kiln.build.v1.Failure"
 
 
+def test_the_status_has_the_bytes_of_googles() -> None:
+    # google/rpc/status.proto: code 1, message 2, details 3.
+    assert status_pb2.Status(code=3, message="m").SerializeToString() == b"\x08\x03\x12\x01m"
+    assert status_pb2.Status.DESCRIPTOR.fields_by_name["details"].number == 3
+
+
 def test_a_failure_that_fits_arrives_whole() -> None:
     failure = Failure(Reason.COMMAND_FAILED, "exit 3", Retry.NEVER, ExitDetail(3), b"last words\n")
     assert failure_in(unary_status(failure).details) == failure

@@ -132,7 +132,7 @@ def refuse_unknown_fields(request: Message) -> None:
 
 
 def _parts(field: str, index: int, message: Message) -> Iterator[tuple[str, int, Message]]:
-    """`message` and those in it, each with the path of the field that holds it and the place in the outermost list."""
+    """`message` and those in it, each with the path of the field that holds it and the place in its list."""
     yield field, index, message
     for inner, value in message.ListFields():
         if inner.message_type is None:
@@ -140,6 +140,6 @@ def _parts(field: str, index: int, message: Message) -> Iterator[tuple[str, int,
         path = f"{field}.{inner.name}" if field else inner.name
         if inner.is_repeated:
             for place, part in enumerate(value):
-                yield from _parts(path, place if index < 0 else index, part)
+                yield from _parts(path, place, part)
         else:
             yield from _parts(path, index, value)
