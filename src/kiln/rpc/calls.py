@@ -38,21 +38,38 @@ async def receive(peer: Peer, method: grpc.aio.UnaryStreamMultiCallable[Q, A], r
 async def send(peer: Peer, method: grpc.aio.StreamUnaryMultiCallable[Q, A], requests: AsyncIterable[Q]) -> A:
     """The answer to all of `requests`. What `requests` raises is raised here, and the peer sees a cancelled call.
 
-    The call is driven by hand, for gRPC turns an exception of a request iterator into a cancellation.
+    The requests are fed by hand: gRPC turns an exception of a request iterator into a cancellation.
     """
     call = method()
-    try:
+
+    async def feed() -> None:
         async for request in requests:
             try:
                 async with _answering(peer):
                     await call.write(request)
-            except asyncio.InvalidStateError:  # The call has ended: what the peer said of it follows.
-                break
+            except (PeerFailed, asyncio.InvalidStateError):
+                return  # The call has ended. Why, only its answer says.
         async with _answering(peer):
             await call.done_writing()
+
+    feeding = asyncio.create_task(feed())
+
+    def stop(_: object) -> None:
+        if not call.cancelled():  # Nor by a write that stalled, whose error is wanted.
+            feeding.cancel()
+
+    # A refusal ends the feeding at once. A write left to fail after it would put INTERNAL in the place of its status.
+    call.add_done_callback(stop)
+    try:
+        await asyncio.wait([feeding])
+        if not feeding.cancelled():
+            feeding.result()
+        async with _answering(peer):
             return await call
     finally:
         call.cancel()
+        feeding.cancel()
+        await asyncio.gather(feeding, return_exceptions=True)
 
 
 @asynccontextmanager
