@@ -41,6 +41,7 @@ from kiln.castore.model import FileNode, SymlinkNode
 from kiln.castore.dirfd import remove_tree
 from kiln.errors import KilnError
 from kiln.sandbox import cgroups
+from kiln.sandbox.claims import Claims, release
 from kiln.sandbox.host import Host
 from kiln.sandbox.launcher import Ended, Launcher, Order
 from kiln.sandbox.layout import Layout
@@ -85,6 +86,7 @@ class SandboxedBuilder(BuildService):
         self._uids = uids
         self._shell = shell
         self._store_id = store_id
+        self._claims = Claims(store)
         self._removals: set[asyncio.Task[None]] = set()
         self._info = BuilderInfo(
             worker=host.name,
@@ -110,6 +112,7 @@ class SandboxedBuilder(BuildService):
     async def aclose(self) -> None:
         """Wait until what ended builds left on disk is removed."""
         await asyncio.gather(*self._removals)
+        self._claims.close()
 
     @asynccontextmanager
     async def build(self, request: BuildRequest, options: BuildOptions) -> AsyncIterator[AsyncIterator[BuildEvent]]:
@@ -149,23 +152,24 @@ class _Attempt:
 
     async def run(self) -> None:
         """Emit everything from `Assigned` to `Finished`."""
-        failed = True
+        failed = False  # A cancelled build leaves nothing.
         claimed = False
         try:
             verdict: Success | Failure
             try:
                 self._check_constraints()
                 await self._emit(Assigned(self._builder._info, self._limits.memory_bytes))
-                claimed = self._layout.claim()
+                self._claim()
+                claimed = True
                 outputs = await self._stages()
                 verdict = Success(outputs, cacheable=not self._why_not_cacheable(), why_not=self._why_not_cacheable())
-                failed = False
             except _Refused as refused:
                 verdict = refused.failure
             except KilnError as error:
                 verdict = Failure(Reason.INFRASTRUCTURE, str(error), Retry.ELSEWHERE)
             except OSError as error:
                 verdict = Failure(Reason.INFRASTRUCTURE, f"the host failed: {error}", Retry.ELSEWHERE)
+            failed = isinstance(verdict, Failure)
             self._end_phase()
             await self._emit(Finished(verdict, self._usage, self._builder._info, spans=tuple(self._spans)))
         finally:
@@ -177,9 +181,14 @@ class _Attempt:
         keep_s = self._policy.keep_on_failure_s if keep_s is None else min(keep_s, self._policy.keep_on_failure_s)
         if failed and keep_s > 0 and self._layout.scratch:
             self._layout.keep(until_s=time.time() + keep_s)
-        else:
-            self._builder.remove_later(self._layout.directory)
-        self._layout.release()
+        elif os.path.lexists(f"{self._layout.directory}/scratch"):
+            self._builder.remove_later(f"{self._layout.directory}/scratch")
+        if not os.path.lexists(f"{self._layout.directory}/journal"):  # Whoever records builds still needs it, else.
+            release(self._layout.directory)
+
+    def _claim(self) -> None:
+        with contextlib.suppress(FileExistsError):  # It is there where somebody records the build.
+            self._builder._claims.make(self._id)
 
     def _check_constraints(self) -> None:
         """Refuse what this host cannot, or may not, do."""

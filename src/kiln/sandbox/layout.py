@@ -1,10 +1,6 @@
-"""The directory of one build on the host: builds/<id>/ with its lock, its scratch and, while it runs, its log.
-
-A live build holds an exclusive lock on `lock`; a directory whose lock can be had belongs to a build that is over.
-"""
+"""What a sandbox has in builds/<id>/, the directory of one build on the host: its scratch."""
 
 import contextlib
-import fcntl
 import os
 import stat
 from dataclasses import dataclass
@@ -27,26 +23,7 @@ class Layout:
 
     def __init__(self, directory: str) -> None:
         self.directory = directory
-        self._lock: int | None = None
         self._scratch: dict[str, str] = {}
-
-    def claim(self) -> bool:
-        """Make the directory and take its lock, which is held until `release`; False if another process has it."""
-        os.makedirs(self.directory, mode=0o700, exist_ok=True)
-        lock = os.open(f"{self.directory}/lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock)
-            return False
-        self._lock = lock
-        return True
-
-    def release(self) -> None:
-        """Give the lock back."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
 
     def prepare(self, plan: RootPlan, identity: Identity | None) -> None:
         """Make the scratch directories with all that has to be in them; owned by `identity`, or by us."""
