@@ -1,0 +1,56 @@
+"""A request, from the command line to its verdict: upload, submit, follow, fetch, export, report."""
+
+import json
+import os
+
+import click
+
+from kiln.build.events import Success
+from kiln.build.model import BuildRequest
+from kiln.build.validate import check_outputs_sorted
+from kiln.castore.errors import ExportFailed
+from kiln.cli.follow import EventsFile, Follower, follow_and_cancel
+from kiln.cli.interrupts import Interrupts
+from kiln.cli.options import Running
+from kiln.cli.report import exit_of, result_json, result_lines, verdict_lines
+from kiln.cli.session import Session
+from kiln.cli.settings import Settings
+from kiln.cli.view import shown
+
+
+async def build(
+    request: BuildRequest, running: Running, session: Session, settings: Settings, interrupts: Interrupts
+) -> int:
+    """Build `request` and print what came of it; returns the exit code."""
+    if running.strict:
+        check_outputs_sorted(request)
+    options = running.build_options(memory=request.constraints.min_memory)
+    await session.offer(node for _, node in request.inputs)
+    with EventsFile(settings.events) as events:
+        with shown() as view:
+            follower = Follower(view, echo=events.write)
+            build_id = await session.host.submit(request, options)
+            finished = await follow_and_cancel(follower, session.host, build_id, view, interrupts)
+        if isinstance(finished.verdict, Success):
+            await session.fetch(output.node for output in finished.verdict.outputs)
+            if running.export is not None:
+                await _export(request, finished.verdict, running.export, session)
+    for line in verdict_lines(build_id, finished, follower.tail):
+        click.echo(f"kiln: {line}" if not line.startswith(" ") else line, err=True)
+    if settings.json:
+        click.echo(json.dumps(result_json(build_id, request, finished)))
+    elif isinstance(finished.verdict, Success):
+        for line in result_lines(request, finished.verdict):
+            click.echo(line)
+    return exit_of(finished)
+
+
+async def _export(request: BuildRequest, success: Success, directory: str, session: Session) -> None:
+    for path, output in zip(request.outputs, success.outputs, strict=True):
+        destination = os.path.join(directory, path)
+        parent = os.path.dirname(destination)
+        try:
+            os.makedirs(parent, exist_ok=True)
+        except OSError as error:
+            raise ExportFailed(os.fsencode(parent), str(error.strerror)) from error
+        await session.store.export(output.node, destination)

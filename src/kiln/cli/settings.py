@@ -1,0 +1,82 @@
+"""The global options, which every command takes before and after its name."""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+
+import click
+from click.core import ParameterSource
+
+from kiln.cli.units import Duration, IdRange, Size
+
+_META = "kiln.settings"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the global options say; None where the default is not the command line's to know."""
+
+    store: str = ""
+    builder: str = "bwrap://"
+    json: bool = False
+    events: str | None = None
+    allow_net: bool = False
+    allow_path: tuple[str, ...] = ()
+    uid_range: tuple[int, int] | None = None
+    shell: str | None = None
+    slots: int | None = None
+    max_memory: int | None = None
+    max_disk: int | None = None
+    max_log: int | None = None
+    max_processes: int | None = None
+    max_wall: float | None = None
+
+    @classmethod
+    def of(cls, context: click.Context) -> "Settings":
+        """What was given before and after the command; what came later counts."""
+        given = context.meta.get(_META, {})
+        settings = cls(**{field.name: given[field.name] for field in fields(cls) if field.name in given})
+        return settings if settings.store else cls(**{**given, "store": default_store(os.environ, os.getuid())})
+
+
+def default_store(environment: "os._Environ[str] | dict[str, str]", uid: int) -> str:
+    """The store's URL where none is given: $XDG_DATA_HOME/kiln, or /var/lib/kiln for root."""
+    if uid == 0 and not environment.get("XDG_DATA_HOME"):
+        return "/var/lib/kiln"
+    data_home = environment.get("XDG_DATA_HOME") or os.path.join(os.path.expanduser("~"), ".local", "share")
+    return os.path.join(data_home, "kiln")
+
+
+def _remember(context: click.Context, parameter: click.Parameter, value: object) -> None:
+    name = parameter.name
+    if name is None or context.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
+        return
+    given = context.meta.setdefault(_META, {})
+    if isinstance(value, tuple) and parameter.multiple:
+        value = (*given.get(name, ()), *value)
+    given[name] = value
+
+
+def _option(*names: str, **attributes: object) -> click.Option:
+    return click.Option(names, callback=_remember, expose_value=False, **attributes)  # type: ignore[arg-type]
+
+
+def global_options() -> Iterable[click.Option]:
+    """New instances of all of them."""
+    count = click.IntRange(min=1)
+    return (
+        _option("--store", metavar="URL", help="The store: a path, local:///PATH, or another kiln's grpc+… URL."),
+        _option("--builder", metavar="URL", help="Who builds: bwrap:// (here, the default), dummy://, or grpc+… URL."),
+        _option("--json", is_flag=True, help="Results as JSON: one document, or JSON lines for streams."),
+        _option("--events", metavar="FILE", help="Write the build's events to FILE, a line of JSON each."),
+        _option("--allow-net", is_flag=True, help="Policy of a builder here: builds may ask for the network."),
+        _option("--allow-path", metavar="PATH", multiple=True, help="Policy: builds may ask to see this host path."),
+        _option("--uid-range", type=IdRange(), help="Policy: host user ids for builds, when root."),
+        _option("--shell", metavar="PATH", help="Policy: the static shell that builds get as /bin/sh."),
+        _option("--slots", type=count, help="Policy: builds at a time (default: the number of CPUs)."),
+        _option("--max-memory", type=Size(), help="Policy: memory for all builds together (default: 80 % of it)."),
+        _option("--max-disk", type=Size(), help="Policy: disk for one build (default: 20G)."),
+        _option("--max-log", type=Size(), help="Policy: log of one build (default: 64M)."),
+        _option("--max-processes", type=count, help="Policy: processes of one build (default: 4096)."),
+        _option("--max-wall", type=Duration(), help="Policy: the longest a build may take (default: 6h)."),
+    )
