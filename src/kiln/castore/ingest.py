@@ -119,6 +119,7 @@ class Walker:
         self._alone = alone
         self._claimed: set[tuple[bytes, bool]] = set()
         self._directories: list[tuple[bytes, bytes]] = []
+        self._needles = frozenset[int]()  # Found by others.
         self._bytes = 0
         self._count = 0
         self._uid = os.geteuid()
@@ -171,8 +172,8 @@ class Walker:
             return os.open(name, DIRECTORY)
 
     def _walked(self, node: Node) -> Walked:
-        needles = frozenset(self._scanner.found) if self._scanner else frozenset[int]()
-        return Walked(node, self._directories, needles, self._bytes, self._count)
+        needles = self._scanner.found if self._scanner is not None else frozenset[int]()
+        return Walked(node, self._directories, self._needles | needles, self._bytes, self._count)
 
     def _tree(self, descent: Descent, sharing: Sharing | None) -> DirectoryNode:
         frames = [self._scan(descent, b"")]
@@ -219,8 +220,7 @@ class Walker:
         self._directories += walked.directories
         self._bytes += walked.bytes
         self._count += walked.files
-        if self._scanner is not None:
-            self._scanner.found |= walked.needles
+        self._needles |= walked.needles
 
     def _enter(self, descent: Descent, name: bytes) -> None:
         path = descent.path(name)
@@ -343,21 +343,17 @@ class Walker:
         self, descriptor: int, size: int, executable: bool, where: Descent | bytes, name: bytes, *, keep: bool
     ) -> bytes:
         """Hash and scan a file that is read in chunks; with `keep`, a copy becomes the blob."""
-        stream = self._scanner.stream() if self._scanner is not None and not self._scanner.done else None
+        stream = self._scanner.stream() if self._scanner is not None else None
         hasher = self._new_hasher()
-        try:
-            if not keep:
-                same_size = _pump(descriptor, size, hasher, stream, None)
-            else:
-                with self._files.new_file() as (temporary, target):
-                    same_size = _pump(descriptor, size, hasher, stream, target)
-                    if same_size:
-                        self._files.keep(temporary, target, hasher.digest(), executable)
-                    else:
-                        os.unlink(temporary, dir_fd=self._files.temporary)
-        finally:
-            if stream is not None:
-                stream.close()
+        if not keep:
+            same_size = _pump(descriptor, size, hasher, stream, None)
+        else:
+            with self._files.new_file() as (temporary, target):
+                same_size = _pump(descriptor, size, hasher, stream, target)
+                if same_size:
+                    self._files.keep(temporary, target, hasher.digest(), executable)
+                else:
+                    os.unlink(temporary, dir_fd=self._files.temporary)
         if not same_size:
             raise IngestChanged(_path(where, name))
         return hasher.digest()

@@ -1,11 +1,18 @@
-"""Which of many needles occur in a stream of bytes: hyperscan where it is installed, plain Python elsewhere."""
+"""Which of many needles occur in streams of bytes: hyperscan where it is installed, plain Python elsewhere."""
 
 import importlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
-_HYPERSCAN_NEEDLE_BYTES_MAX = 4096  # Its patterns end at 16,000 characters, and each byte is written as four.
+_HYPERSCAN_NEEDLE_BYTES_MAX = 2048  # Its patterns end at 16,000 characters, and each byte is written as four.
 _SEARCHED_ONE_BY_ONE_MAX = 4  # A pass of bytes.find per needle beats the one filtered pass up to about here.
+
+
+class Matcher(Protocol):
+    """Finds a fixed set of needles in a block of bytes."""
+
+    def scan(self, block: bytes, found: set[bytes]) -> None:
+        """Add those needles to `found` that occur in `block`, which is not empty; those already there may be left out."""
 
 
 class RefScanner:
@@ -20,89 +27,78 @@ class RefScanner:
         for index, needle in enumerate(needles):
             assert needle, "an empty needle occurs everywhere"
             self._by_needle.setdefault(needle, []).append(index)
-        self.found: set[int] = set()
-        self._wanted = len(needles)
-        self._matcher = _matcher(list(self._by_needle), self._report)
+        self._matcher = matcher_of(list(self._by_needle))
+        self._found: set[bytes] = set()
+        self.overlap = max(map(len, needles), default=1) - 1
 
     @property
-    def done(self) -> bool:
-        """Every needle was found: scanning on cannot add anything."""
-        return len(self.found) == self._wanted
+    def found(self) -> frozenset[int]:
+        """The indices of all needles seen so far."""
+        return frozenset(index for needle in self._found for index in self._by_needle[needle])
 
     def scan(self, data: bytes) -> None:
         """One stream that is all in `data`."""
-        if not self.done:
-            stream = self.stream()
-            stream.feed(data)
-            stream.close()
+        if data and len(self._found) < len(self._by_needle):
+            self._matcher.scan(data, self._found)
 
     def stream(self) -> "Stream":
-        """A new stream, to be fed chunk by chunk; matches may lie across chunks."""
-        return self._matcher.stream()
-
-    def _report(self, needle: bytes) -> None:
-        self.found.update(self._by_needle[needle])
+        """A new stream, to be fed chunk by chunk."""
+        return Stream(self)
 
 
-class Stream(Protocol):
-    """One stream of bytes being scanned."""
+class Stream:
+    """One stream of bytes being scanned; matches may lie across chunks.
 
-    def feed(self, chunk: bytes | memoryview) -> None:
+    Borders are scanned apart, so that no large chunk is copied to put the end of the last one in front of it.
+    """
+
+    def __init__(self, scanner: RefScanner) -> None:
+        self._scanner = scanner
+        self._tail = b""
+
+    def feed(self, chunk: bytes) -> None:
         """Scan the next bytes."""
-
-    def close(self) -> None:
-        """End the stream and free what it holds."""
-
-
-class Matcher(Protocol):
-    """What finds a fixed set of needles in streams, and reports each at least once."""
-
-    def stream(self) -> Stream:
-        """A new stream."""
+        overlap = self._scanner.overlap
+        if self._tail:
+            self._scanner.scan(self._tail + chunk[:overlap])
+        if not self._tail or len(chunk) > overlap:
+            self._scanner.scan(chunk)
+        if overlap:
+            self._tail = chunk[-overlap:] if len(chunk) >= overlap else (self._tail + chunk)[-overlap:]
 
 
-def _matcher(needles: list[bytes], report: Callable[[bytes], None]) -> Matcher:
+def matcher_of(needles: list[bytes]) -> Matcher:
+    """The fastest matcher that is there and takes these needles."""
     if needles and all(len(needle) <= _HYPERSCAN_NEEDLE_BYTES_MAX for needle in needles):
         try:
-            return HyperscanMatcher(needles, report)
+            return HyperscanMatcher(needles)
         except ImportError:
             pass
-    return PlainMatcher(needles, report)
+    return PlainMatcher(needles)
 
 
 class HyperscanMatcher(Matcher):
-    """Hyperscan in stream mode: 2.8 GB/s whatever the number of needles. Raises ImportError where it is missing."""
+    """Hyperscan in block mode: 2.4 GB/s whatever the number of needles. Raises ImportError where it is missing.
 
-    def __init__(self, needles: list[bytes], report: Callable[[bytes], None]) -> None:
+    Not in stream mode: python-hyperscan 0.9 crashes on a stream that ends without a byte.
+    """
+
+    def __init__(self, needles: list[bytes]) -> None:
         hyperscan = importlib.import_module("hyperscan")
-        self._database: Any = hyperscan.Database(mode=hyperscan.HS_MODE_STREAM)
+        self._needles = needles
+        self._database: Any = hyperscan.Database(mode=hyperscan.HS_MODE_BLOCK)
         self._database.compile(
             expressions=[b"".join(b"\\x%02x" % byte for byte in needle) for needle in needles],
             ids=list(range(len(needles))),
             elements=len(needles),
-            flags=[hyperscan.HS_FLAG_SINGLEMATCH | hyperscan.HS_FLAG_DOTALL] * len(needles),
+            flags=[hyperscan.HS_FLAG_SINGLEMATCH] * len(needles),
         )
 
+    def scan(self, block: bytes, found: set[bytes]) -> None:
         def matched(index: int, _start: int, _end: int, _flags: int, _context: object) -> None:
-            report(needles[index])
+            found.add(self._needles[index])
 
-        self._matched = matched
-
-    def stream(self) -> Stream:
-        return _HyperscanStream(self._database, self._matched)
-
-
-class _HyperscanStream(Stream):
-    def __init__(self, database: Any, matched: Callable[[int, int, int, int, object], None]) -> None:
-        self._matched = matched  # The stream borrows it: without a reference of ours it would be freed under it.
-        self._stream = database.stream(match_event_handler=matched)
-        self._stream.__enter__()
-
-    def feed(self, chunk: bytes | memoryview) -> None:
-        self._stream.scan(chunk)
-
-    def close(self) -> None:
-        self._stream.__exit__(None, None, None)
+        self._database.scan(block, match_event_handler=matched)
 
 
 class PlainMatcher(Matcher):
@@ -113,52 +109,24 @@ class PlainMatcher(Matcher):
     alphabet of 32) this passes 0.8 GB/s; needles that use all 256 values make it slow, never wrong.
     """
 
-    def __init__(self, needles: list[bytes], report: Callable[[bytes], None]) -> None:
-        self.report = report
-        self.needles = needles
-        self.overlap = max(map(len, needles), default=1) - 1
-        self.prefix_length = min(map(len, needles), default=1)
+    def __init__(self, needles: list[bytes]) -> None:
+        self._needles = needles
+        self._prefix_length = min(map(len, needles), default=1)
         alphabet = set(b"".join(needles))
-        self.marks = bytes(byte in alphabet for byte in range(256))
-        self.by_prefix: dict[bytes, list[bytes]] = {}
+        self._marks = bytes(byte in alphabet for byte in range(256))
+        self._by_prefix: dict[bytes, list[bytes]] = {}
         for needle in needles:
-            self.by_prefix.setdefault(needle[: self.prefix_length], []).append(needle)
+            self._by_prefix.setdefault(needle[: self._prefix_length], []).append(needle)
 
-    def stream(self) -> Stream:
-        return _PlainStream(self)
-
-
-class _PlainStream(Stream):
-    def __init__(self, matcher: PlainMatcher) -> None:
-        self._matcher = matcher
-        self._tail = b""
-        self._missing = set(matcher.needles)
-
-    def feed(self, chunk: bytes | memoryview) -> None:
-        window = self._tail + chunk
-        if len(self._missing) <= _SEARCHED_ONE_BY_ONE_MAX:
-            self._found([needle for needle in self._missing if needle in window])
-        else:
-            self._filtered(window)
-        overlap = self._matcher.overlap
-        self._tail = bytes(window[-overlap:]) if overlap else b""
-
-    def _filtered(self, window: bytes) -> None:
-        matcher = self._matcher
-        length = matcher.prefix_length
+    def scan(self, block: bytes, found: set[bytes]) -> None:
+        if len(self._needles) <= _SEARCHED_ONE_BY_ONE_MAX:
+            found.update(needle for needle in self._needles if needle not in found and needle in block)
+            return
+        length = self._prefix_length
         run = b"\1" * length
-        marked = window.translate(matcher.marks)
+        marked = block.translate(self._marks)
         at = marked.find(run)
         while at >= 0:
-            for needle in matcher.by_prefix.get(window[at : at + length], ()):
-                if window.startswith(needle, at):
-                    self._found([needle])
+            candidates = self._by_prefix.get(block[at : at + length], ())
+            found.update(needle for needle in candidates if block.startswith(needle, at))
             at = marked.find(run, at + 1)
-
-    def _found(self, needles: Iterable[bytes]) -> None:
-        for needle in needles:
-            self._missing.discard(needle)
-            self._matcher.report(needle)
-
-    def close(self) -> None:
-        self._tail = b""

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from kiln.castore.directory_service import DirectoryService
 from kiln.castore.errors import DigestMismatch, DirectoryInvalid, DirectoryNotFound, StoreCorrupt
 from kiln.castore.local.database import Database
-from kiln.castore.model import Digest, Directory, DirectoryNode, Scheme
+from kiln.castore.model import Digest, Directory, DirectoryNode, Scheme, printable
 from kiln.castore.wire import decode_directory, encode_directory
 
 _INSERT = "insert or ignore into directories values (?, ?)"
@@ -87,6 +87,10 @@ class LocalDirectories(DirectoryService):
             try:
                 sizes[node.digest] = self._scheme.size_of(self.read(node.digest))
             except DirectoryNotFound as error:
-                raise DirectoryInvalid(f"entry {name!r} refers to {node.digest}, which is not there") from error
+                raise DirectoryInvalid(
+                    f"entry {printable(name)} refers to {node.digest}, which is not there"
+                ) from error
         if node.size != sizes[node.digest]:
-            raise DirectoryInvalid(f"entry {name!r} states the size {node.size} instead of {sizes[node.digest]}")
+            raise DirectoryInvalid(
+                f"entry {printable(name)} states the size {node.size} instead of {sizes[node.digest]}"
+            )

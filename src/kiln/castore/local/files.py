@@ -146,9 +146,13 @@ class StoreFiles:
             raise
 
     def keep(self, name: str, descriptor: int, digest: bytes, executable: bool) -> None:
-        """Seal a finished temporary file and make it the blob."""
+        """Seal a finished temporary file and make it the blob, or drop it where there is one: trees share that inode."""
+        target = blob_name(digest, executable)
+        if os.access(target, os.F_OK, dir_fd=self.blobs):
+            os.unlink(name, dir_fd=self.temporary)
+            return
         self.seal(descriptor, executable)
-        os.rename(name, blob_name(digest, executable), src_dir_fd=self.temporary, dst_dir_fd=self.blobs)
+        os.rename(name, target, src_dir_fd=self.temporary, dst_dir_fd=self.blobs)
 
     def seal(self, descriptor: int, executable: bool) -> None:
         """Give a file the mode and times that inputs have."""
