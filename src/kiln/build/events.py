@@ -7,7 +7,8 @@ from enum import Enum
 from kiln.build.model import BuildOptions
 from kiln.castore.model import Digest, FileNode, Node
 
-# UNSPECIFIED is what a newer peer said in a word that this kiln does not know; kiln itself never says it.
+# UNSPECIFIED is what a newer peer said in a word that this kiln does not know; kiln itself says it only of the phase of
+# progress before there is one.
 
 
 class Stream(Enum):

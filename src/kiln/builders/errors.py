@@ -51,6 +51,10 @@ class OwnerGone(Unavailable):
         self.build_id = build_id
 
 
+class BuilderBroken(Unavailable):
+    """A builder broke its contract."""
+
+
 class HostClosing(Unavailable):
     """No new builds: the host is about to end."""
 

@@ -42,6 +42,7 @@ from kiln.builders.errors import (
     RunsElsewhere,
 )
 from kiln.builders.journal import Archive, encode_archive
+from kiln.builders.kept import KeptFailures
 from kiln.builders.recording import JOURNAL, LOG, Elsewhere, Live, Recording, ended, follow, log_path
 from kiln.castore.castore import Castore
 from kiln.castore.closure import missing_of_closure
@@ -56,6 +57,7 @@ _TAIL_BYTES = 8192
 _SMALL_LOG_BYTES = 65536  # Kept without a detour over another thread, which costs more than writing them.
 _PAGE = 50
 _TOKENS_MAX = 10_000
+_PRUNE_EVERY_S = 600.0
 
 
 @dataclass(slots=True, eq=False)
@@ -86,6 +88,7 @@ class Host(BuildHost):
         store: LocalStore,
         keys: Keys,
         *,
+        kept_bytes_max: int = 10 << 30,
         heartbeat_s: float = 15.0,
         time_s: Callable[[], float] = time.time,
         monotonic_s: Callable[[], float] = time.monotonic,
@@ -100,6 +103,8 @@ class Host(BuildHost):
         self._random_bits = random_bits
         self._epoch = f"{random_bits(64):016x}"
         self._claims = Claims(store)
+        self._kept = KeptFailures(store, bytes_max=kept_bytes_max)
+        self._one_more_kept = asyncio.Event()
         self._builds: dict[str, _Build] = {}
         self._tokens: dict[tuple[str, bytes], str] = {}
         self._tasks = asyncio.TaskGroup()
@@ -109,6 +114,7 @@ class Host(BuildHost):
     async def __aenter__(self) -> Self:
         self._maxima = (await self._inner.capabilities()).maxima
         await self._tasks.__aenter__()
+        self._housekeeping = self._tasks.create_task(self._prune())
         return self
 
     async def __aexit__(
@@ -117,6 +123,7 @@ class Host(BuildHost):
         try:
             await self.close(cancel=True)
         finally:
+            self._housekeeping.cancel()
             await self._tasks.__aexit__(kind, error, trace)
             self._claims.close()
 
@@ -246,6 +253,16 @@ class Host(BuildHost):
     async def capabilities(self) -> Capabilities:
         return await self._inner.capabilities()
 
+    async def _prune(self) -> None:
+        """Remove kept failures whose time is over, or that take too much room."""
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_PRUNE_EVERY_S):
+                    await self._one_more_kept.wait()
+            self._one_more_kept.clear()
+            with suppress(KilnError, OSError):  # The next time will do.
+                await asyncio.to_thread(self._kept.prune, self._time_s())
+
     async def _own(self, build: _Build) -> None:
         """One build, from its first step to its end."""
         build.began = True
@@ -334,7 +351,8 @@ class Host(BuildHost):
             live.end_unwritten(finished)
             return
         del self._builds[live.build_id]
-        _clear(live.directory)
+        if _clear(live.directory):
+            self._one_more_kept.set()
 
     async def _keep_log(self, live: Live) -> FileNode:
         if not live.log_bytes:
@@ -428,16 +446,18 @@ class Host(BuildHost):
             before = rows[-1]
 
 
-def _clear(directory: str) -> None:
-    """Remove what the host has in a build's directory.
+def _clear(directory: str) -> bool:
+    """Remove what the host has in a build's directory; returns whether it is a kept failure.
 
     The rest is the backend's: a kept failure stays, and so does the scratch of a run that others still share.
     """
+    is_kept = os.path.lexists(f"{directory}/kept")
     for name in (JOURNAL, LOG):
         with suppress(FileNotFoundError):
             os.unlink(f"{directory}/{name}")
-    if not os.path.lexists(f"{directory}/scratch") or os.path.lexists(f"{directory}/kept"):
+    if is_kept or not os.path.lexists(f"{directory}/scratch"):
         release(directory)
+    return is_kept
 
 
 def _cancelled(cancelling: Cancelling) -> Failure:

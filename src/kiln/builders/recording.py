@@ -23,6 +23,7 @@ from kiln.build.events import (
 )
 from kiln.builders.errors import BuildNotFound, OwnerGone
 from kiln.builders.journal import Archive, Record, decode_records, encode_record
+from kiln.builders.latest import Latest
 from kiln.castore.errors import ContentMissing
 from kiln.castore.local.files import write_all
 from kiln.castore.local.store import LocalStore
@@ -102,8 +103,7 @@ class Live(Recording):
         self._log_path = f"{directory}/{LOG}"
         self._recent: deque[Record] = deque(maxlen=_RECENT)
         self._last: Event | None = None
-        self._passing: dict[type[PassingEvent], tuple[int, PassingEvent]] = {}
-        self._passed = 0
+        self._latest = Latest()
         self._pulse = asyncio.Event()
         self.log_truncated = False
         self.builder: BuilderInfo | None = None
@@ -165,8 +165,7 @@ class Live(Recording):
 
     def pass_on(self, body: PassingEvent) -> None:
         """Let followers have a passing event; whoever is slow gets the latest of its kind only."""
-        self._passed += 1
-        self._passing[type(body)] = (self._passed, body)
+        self._latest.say(body)
         self._wake()
 
     def seal(self, log_path: str) -> bytes:
@@ -197,9 +196,7 @@ class Live(Recording):
             await self._pulse.wait()
 
     def passing(self, after: int) -> tuple[int, Sequence[PassingEvent]]:
-        if self._passed == after:
-            return after, ()
-        return self._passed, [event for said, event in sorted(self._passing.values(), key=_when) if said > after]
+        return self._latest.since(after)
 
     def _end_phase(self, elapsed_us: int) -> None:
         if self._spans:
@@ -246,10 +243,6 @@ class Live(Recording):
 
     def _read_file(self, offset: int, size: int) -> bytes:
         return _read_range(f"{self.directory}/{JOURNAL}", offset, size)
-
-
-def _when(said: tuple[int, PassingEvent]) -> int:
-    return said[0]
 
 
 class Ended(Recording):

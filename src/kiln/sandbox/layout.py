@@ -119,10 +119,10 @@ class Layout:
 
     def disk_bytes(self) -> int:
         """What all of scratch occupies now."""
-        return sum(_occupied(path) for path in self._scratch.values())
+        return sum(occupied_bytes(path) for path in self._scratch.values())
 
 
-def _occupied(root: str) -> int:
+def occupied_bytes(root: str) -> int:
     """Bytes on disk of everything below `root`, each inode once; what vanishes meanwhile counts nothing."""
     total, seen, pending = 0, set(), [root]
     while pending:

@@ -64,6 +64,11 @@ def bind(source: bytes, target: bytes, attributes: int, *, recursive: bool = Fal
         os.close(tree)
 
 
+def unmount(target: bytes) -> None:
+    """Take the mount at `target` away; who still uses it keeps it till then (MNT_DETACH, umount2(2))."""
+    _checked(_libc.umount2(target, 2), "umount2")
+
+
 def tmpfs(target: bytes, attributes: int, options: dict[str, str]) -> None:
     """Mount an empty tmpfs with `options` (mode, size, …; tmpfs(5)) on `target`."""
     filesystem = _syscall(_FSOPEN, "fsopen", b"tmpfs", 1)
