@@ -40,7 +40,7 @@ async def test_an_inode_that_takes_no_more_links_is_copied(store: LocalStore, mo
 async def test_whoever_comes_second_drops_its_own_tree(store: LocalStore) -> None:
     node = await planted(store)
     files = store._writer()
-    overtaken = []
+    overtaken: list[Any] = []
 
     def read(digest: Any) -> Directory:
         if not overtaken:  # Somebody else begins later, and finishes first.

@@ -1,5 +1,7 @@
 """What the local store promises beyond the suites of its services."""
 
+# ruff: noqa: ASYNC221, ASYNC240 - A test keeps nobody waiting.
+
 import asyncio
 import os
 import signal
@@ -8,6 +10,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -106,12 +109,13 @@ async def test_a_corrupt_database_is_named(damage: bytes | None, tmp_path: Path)
     database = tmp_path / "store" / "db.sqlite"
     whole = database.read_bytes()
     database.write_bytes(damage if damage is not None else whole[:4096] + os.urandom(len(whole) - 4096))
-    with pytest.raises(StoreCorrupt) as caught:
-        reopened = LocalStore.open(str(tmp_path / "store"))
-        try:
+
+    async def check() -> None:
+        with closing(LocalStore.open(str(tmp_path / "store"))) as reopened:
             await reopened.fsck()
-        finally:
-            reopened.close()
+
+    with pytest.raises(StoreCorrupt) as caught:
+        await check()
     assert str(database) in str(caught.value)
     assert caught.value.remedy
 
@@ -133,11 +137,15 @@ async def test_a_damaged_blob_is_never_handed_on(size: int, store: LocalStore) -
     data = os.urandom(size)
     digest = await store.blobs.write(chunks(data))
     overwrite(blob_path(store, digest), data[:-1] + bytes([data[-1] ^ 1]))
-    seen = 0
-    with pytest.raises(DigestMismatch):
+    seen: list[bytes] = []
+
+    async def receive() -> None:
         async for chunk in store.blobs.read(digest):
-            seen += len(chunk)
-    assert seen < size
+            seen.append(chunk)  # noqa: PERF401 - What came before the error counts.
+
+    with pytest.raises(DigestMismatch):
+        await receive()
+    assert sum(map(len, seen)) < size
     [damage] = await store.fsck()
     assert str(digest)[2:] in damage.what
     await store.fsck(repair=True)
@@ -376,6 +384,18 @@ async def test_a_full_disk_leaves_nothing_half_done(files: int, small_disk: Path
     assert os.listdir(store.tmp_dir) == ["since"]
     assert await store.fsck() == []
     store.close()
+
+
+@needs_root
+async def test_adopting_from_another_file_system_copies_and_removes(
+    small_disk: Path, tmp_path: Path, store: LocalStore
+) -> None:
+    (small_disk / "out" / "sub").mkdir(parents=True)
+    (small_disk / "out" / "sub" / "file").write_bytes(b"contents")
+    node = (await store.ingest(str(small_disk / "out"), adopt=True)).node
+    assert not (small_disk / "out").exists()
+    await store.export(node, str(tmp_path / "exported"))
+    assert (tmp_path / "exported" / "sub" / "file").read_bytes() == b"contents"
 
 
 @needs_root

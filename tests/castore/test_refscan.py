@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -33,7 +34,7 @@ def haystacks(draw: st.DrawFn) -> tuple[list[bytes], list[bytes]]:
     data = b"".join(draw(st.lists(piece, max_size=8)))
     cuts = sorted(draw(st.lists(st.integers(0, len(data)), max_size=5)))
     edges = [0, *cuts, len(data)]
-    return wanted, [data[start:end] for start, end in zip(edges, edges[1:], strict=False)]
+    return wanted, [data[start:end] for start, end in pairwise(edges)]
 
 
 @pytest.mark.parametrize("make", MATCHERS.values(), ids=MATCHERS)

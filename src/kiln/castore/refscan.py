@@ -12,7 +12,7 @@ class Matcher(Protocol):
     """Finds a fixed set of needles in a block of bytes."""
 
     def scan(self, block: bytes, found: set[bytes]) -> None:
-        """Add those needles to `found` that occur in `block`, which is not empty; those already there may be left out."""
+        """Add those needles to `found` that occur in `block`, which is not empty."""
 
 
 class RefScanner:

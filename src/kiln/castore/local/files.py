@@ -146,7 +146,7 @@ class StoreFiles:
             raise
 
     def keep(self, name: str, descriptor: int, digest: bytes, executable: bool) -> None:
-        """Seal a finished temporary file and make it the blob, or drop it where there is one: trees share that inode."""
+        """Seal a finished temporary file and make it the blob; drop it where there is one, whose inode trees share."""
         target = blob_name(digest, executable)
         if os.access(target, os.F_OK, dir_fd=self.blobs):
             os.unlink(name, dir_fd=self.temporary)

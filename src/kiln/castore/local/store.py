@@ -271,10 +271,11 @@ class LocalStore:
     def _ingest(
         self, path: str, needles: Sequence[bytes], ownership: Ownership, processes: int | None, stop: Event
     ) -> Ingested:
+        adopt = ownership.adopt
         with store_trouble(self.path):
             files = self._writer()
-            if ownership.adopt and os.lstat(path).st_dev != os.fstat(self._blobs_fd).st_dev:
-                ownership = Ownership(take_over=True)
+            if adopt and not self._is_beside(path):
+                ownership = Ownership(take_over=True)  # No hard links between file systems: copied, then removed.
             scanner = RefScanner(needles) if needles else None
             workers = (processes or min(len(os.sched_getaffinity(0)), _PROCESSES_MAX)) - 1
 
@@ -283,25 +284,27 @@ class LocalStore:
 
             walker = Walker(files, self.scheme, scanner, ownership, stop=stop.is_set)
             walked = walker.walk(path, crew if workers and sys.executable else None)
-            self._keep(walked, path, files, ownership)
+            self._keep(walked, path, files, adopted=ownership.adopt)
+            if adopt:
+                _remove(path)
             session = self._open_session()
             if self._strict or time.time() - session.since > _FLUSH_AFTER_S:
                 session.flush()
         return Ingested(walked.node, walked.needles, walked.bytes, walked.files)
 
-    def _keep(self, walked: Walked, path: str, files: StoreFiles, ownership: Ownership) -> None:
+    def _keep(self, walked: Walked, path: str, files: StoreFiles, *, adopted: bool) -> None:
         """Make a walked tree visible: its directories, then its tree."""
         if walked.directories:
             self.directories.insert(walked.directories)
-        if ownership.adopt:
-            if isinstance(walked.node, DirectoryNode):
-                keep_tree(path, None, walked.node.digest, files)
-            parent, name = os.path.split(os.fsencode(path))
-            dir_fd = os.open(parent or b".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                remove_tree(name, dir_fd=dir_fd)
-            finally:
-                os.close(dir_fd)
+        if adopted and isinstance(walked.node, DirectoryNode):
+            keep_tree(path, None, walked.node.digest, files)
+
+    def _is_beside(self, path: str) -> bool:
+        """Whether `path` lies on the store's file system, or does not exist: then the walk says so."""
+        try:
+            return os.lstat(path).st_dev == os.fstat(self._blobs_fd).st_dev
+        except OSError:
+            return True
 
     def _export(self, node: Node, destination: str) -> None:
         try:
@@ -358,6 +361,16 @@ def _scheme(database: Database, path: str, wanted: Scheme | None, *, writable: b
     if wanted is not None and wanted.name != name:
         raise StoreSchemeDiffers(path, recorded=name, wanted=wanted.name)
     return SCHEMES[name]
+
+
+def _remove(path: str) -> None:
+    """Remove what was adopted, where a part of it is still there."""
+    parent, name = os.path.split(os.fsencode(path.rstrip("/")))
+    dir_fd = os.open(parent or b".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        remove_tree(name, dir_fd=dir_fd)
+    finally:
+        os.close(dir_fd)
 
 
 @contextmanager
