@@ -24,7 +24,7 @@ from kiln.errors import Denied, NotFound
 @click.argument("file", metavar="REQUEST.json|REQUEST.binpb|-")
 @run_options
 @click.pass_context
-def command(context: click.Context, file: str, **values: Any) -> int:
+def command(context: click.Context, /, file: str, **values: Any) -> int:
     """Run a BuildRequest: proto3 JSON, or protobuf in a file whose name ends in .binpb; - reads JSON from stdin."""
     settings = Settings.of(context)
     request = _read(file)

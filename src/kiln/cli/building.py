@@ -36,7 +36,7 @@ async def build(
             if running.export is not None:
                 await _export(request, finished.verdict, running.export, session)
     for line in verdict_lines(build_id, finished, follower.tail):
-        click.echo(f"kiln: {line}" if not line.startswith(" ") else line, err=True)
+        click.echo(line, err=True)
     if settings.json:
         click.echo(json.dumps(result_json(build_id, request, finished)))
     elif isinstance(finished.verdict, Success):

@@ -5,7 +5,7 @@ import json
 from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import TextIO
+from typing import Self, TextIO
 
 from kiln.build.events import (
     Accepted,
@@ -101,7 +101,7 @@ class EventsFile:
         self._stack = ExitStack()
         self._file: TextIO | None = None
 
-    def __enter__(self) -> "EventsFile":
+    def __enter__(self) -> Self:
         if self._path is not None:
             try:
                 self._file = self._stack.enter_context(open(self._path, "w", encoding="utf-8"))

@@ -1,6 +1,7 @@
 """Arguments -> a command -> an exit code. The edge: no traceback passes it."""
 
 import asyncio
+import io
 import os
 import sys
 import traceback
@@ -69,7 +70,8 @@ def run(arguments: Sequence[str]) -> int:
     """Run the command line; returns the exit code. Results are on stdout, the rest on stderr."""
     # Names of any bytes come in as surrogates, and what cannot be encoded is shown, not raised.
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[attr-defined]  # Text streams have it.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = kiln().main(list(arguments), prog_name="kiln", standalone_mode=False)
         sys.stdout.flush()

@@ -21,20 +21,50 @@ def request_options(function: F) -> F:
     """What the request says."""
     return _all(
         function,
-        click.option("-i", "--input", "inputs", metavar="NAME=PATH|NODE", multiple=True, callback=_pairs,
-                     help="An input: a path to import, the JSON of an Entry, or a digest. Repeatable."),
-        click.option("-o", "--output", "outputs", metavar="PATH", multiple=True,
-                     help="A path that the command makes; its parent directory is writable. Repeatable."),
-        click.option("-e", "--env", "environment", metavar="NAME=VALUE", multiple=True, callback=_pairs,
-                     help="An environment variable. Repeatable."),
+        click.option(
+            "-i",
+            "--input",
+            "inputs",
+            metavar="NAME=PATH|NODE",
+            multiple=True,
+            callback=pairs,
+            help="An input: a path to import, the JSON of an Entry, or a digest. Repeatable.",
+        ),
+        click.option(
+            "-o",
+            "--output",
+            "outputs",
+            metavar="PATH",
+            multiple=True,
+            help="A path that the command makes; its parent directory is writable. Repeatable.",
+        ),
+        click.option(
+            "-e",
+            "--env",
+            "environment",
+            metavar="NAME=VALUE",
+            multiple=True,
+            callback=pairs,
+            help="An environment variable. Repeatable.",
+        ),
         click.option("--scratch", metavar="PATH", multiple=True, help="Another writable path. Repeatable."),
         click.option("--inputs-dir", metavar="PATH", default="inputs", help="Where inputs stand (default: inputs)."),
         click.option("--sh", "shell", is_flag=True, help="Provide /bin/sh."),
         click.option("--net", "network", is_flag=True, help="Ask for the network; the builder's policy decides."),
-        click.option("--ro-path", "paths", metavar="PATH", multiple=True,
-                     help="Ask to see this host path; the builder's policy decides. Repeatable."),
-        click.option("--memory", type=Size(), default="0", metavar="BYTES",
-                     help="Memory that the host must have, and the build's limit."),
+        click.option(
+            "--ro-path",
+            "paths",
+            metavar="PATH",
+            multiple=True,
+            help="Ask to see this host path; the builder's policy decides. Repeatable.",
+        ),
+        click.option(
+            "--memory",
+            type=Size(),
+            default="0",
+            metavar="BYTES",
+            help="Memory that the host must have, and the build's limit.",
+        ),
         click.argument("command", metavar="CMD [ARG]...", nargs=-1, required=True, type=click.UNPROCESSED),
     )
 
@@ -47,8 +77,14 @@ def run_options(function: F) -> F:
         click.option("--silence-timeout", type=Duration(), help="End the build when it writes nothing for this time."),
         click.option("--export", metavar="DIR", help="Write each output to DIR/its path."),
         click.option("--rebuild", is_flag=True, help="Run in spite of the cache, and report what differs."),
-        click.option("--label", "labels", metavar="NAME=VALUE", multiple=True, callback=_pairs,
-                     help="A label to find the build by. Repeatable."),
+        click.option(
+            "--label",
+            "labels",
+            metavar="NAME=VALUE",
+            multiple=True,
+            callback=pairs,
+            help="A label to find the build by. Repeatable.",
+        ),
         click.option("--strict", is_flag=True, help="Refuse outputs that are not sorted, as Snix does."),
     )
 
@@ -95,7 +131,7 @@ class Requesting:
         """With every input in `store`; paths are imported now."""
         inputs = []
         for name, value in self.inputs:
-            if is_node_text(value) and not os.path.lexists(value):
+            if is_node_text(value):
                 node = await parse_node(value, store.castore)
             elif value:
                 node = (await store.ingest(value)).node
@@ -122,7 +158,8 @@ def _all(function: F, *decorators: Callable[[F], F]) -> F:
     return function
 
 
-def _pairs(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+def pairs(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    """NAME=VALUE, each in two."""
     for value in values:
         if "=" not in value:
             raise click.BadParameter(f"{value!r} has no '='", context, parameter)

@@ -46,19 +46,22 @@ def verdict_lines(build_id: str, finished: Finished, tail: Sequence[str]) -> lis
     """How it ended, in sentences; after a failure also why, the end of the log, and how to go on."""
     match finished.verdict:
         case Success(cached=hit) if hit is not None:
-            return [f"build {build_id} succeeded, answered from the cache (made by build {one_line(hit.origin_build_id)})"]
+            origin = one_line(hit.origin_build_id)
+            return [f"kiln: build {build_id} succeeded, answered from the cache (made by build {origin})"]
         case Success():
             usage = finished.usage
             measured = [f"{shown_time(usage.wall_s)}"]
             if usage.memory_peak:
                 measured.append(f"{shown_size(usage.memory_peak)} of memory at most")
-            return [f"build {build_id} succeeded in {', '.join(measured)}"]
+            return [f"kiln: build {build_id} succeeded in {', '.join(measured)}"]
         case Failure() as failure:
             reason = failure.reason.name.lower()
-            lines = [f"build {build_id} failed ({reason}): {one_line(failure.message)}"]
+            lines = [f"kiln: build {build_id} failed ({reason}): {one_line(failure.message)}"]
             lines += [f"  {one_line(line)}" for line in _details(failure)]
             if tail:
-                lines.append(f"the last {len(tail)} lines of its log:" if len(tail) > 1 else "the last line of its log:")
+                lines.append(
+                    f"the last {len(tail)} lines of its log:" if len(tail) > 1 else "the last line of its log:"
+                )
                 lines += [f"  | {line}" for line in tail]
             lines += ["to go on:", f"  kiln log {build_id}", f"  kiln shell {build_id}"]
             return lines
@@ -77,8 +80,8 @@ def _details(failure: Failure) -> list[str]:
         case UnmetDetail(refusals):
             lines += [f"{no.worker}: {no.constraint}: wanted {no.wanted}, has {no.has}" for no in refusals[:_LISTED]]
     if failure.near:
-        more = f" and {len(failure.near) - _LISTED} more" if len(failure.near) > _LISTED else ""
-        lines.append(f"near it: {', '.join(failure.near[:_LISTED])}{more}")
+        rest = f" and {len(failure.near) - _LISTED} more" if len(failure.near) > _LISTED else ""
+        lines.append(f"near it: {', '.join(failure.near[:_LISTED])}{rest}")
     return lines
 
 

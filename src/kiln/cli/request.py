@@ -18,7 +18,7 @@ from kiln.cli.settings import Settings
 @kiln_command("request")
 @request_options
 @click.pass_context
-def command(context: click.Context, **values: Any) -> int:
+def command(context: click.Context, /, **values: Any) -> int:
     """Print the BuildRequest that `kiln run` with the same options would run, and run nothing.
 
     Inputs given as paths are imported into the store.

@@ -18,7 +18,7 @@ from kiln.cli.settings import Settings
 @request_options
 @run_options
 @click.pass_context
-def command(context: click.Context, **values: Any) -> int:
+def command(context: click.Context, /, **values: Any) -> int:
     """Run CMD in a sandbox and capture its outputs.
 
     Inputs stand in inputs/, read-only. Working directory and HOME are build/. Outputs are named by their path from

@@ -55,13 +55,25 @@ async def opened_session(settings: Settings) -> AsyncIterator[Session]:
     from kiln.sandbox.launcher import Launcher
     from kiln.sandbox.policy import Policy
     from kiln.sandbox.uids import UidRange
+
     with opened_local(parse_store(settings.store)) as store:
         host = detect_host()
-        sh = dataclasses.replace(await store.add_blob(open('/usr/bin/busybox','rb').read()), executable=True)
+        sh = dataclasses.replace(await store.add_blob(open("/usr/bin/busybox", "rb").read()), executable=True)
         launcher = Launcher()
-        b = SandboxedBuilder(Bwrap('/usr/bin/bwrap'), store, launcher, Policy(memory_bytes=4<<30), host, uids=UidRange() if os.getuid()==0 else None, shell=sh, url='bwrap://', store_id=hashlib.sha256(store.path.encode()).hexdigest()[:8])
+        b = SandboxedBuilder(
+            Bwrap("/usr/bin/bwrap"),
+            store,
+            launcher,
+            Policy(memory_bytes=4 << 30),
+            host,
+            uids=UidRange() if os.getuid() == 0 else None,
+            shell=sh,
+            url="bwrap://",
+            store_id=hashlib.sha256(store.path.encode()).hexdigest()[:8],
+        )
         try:
             async with Host(b, store, Keys(store.scheme, sh.digest)) as h:
                 yield Session(h, OpenStore(castore_of(store), store, False))
         finally:
-            await b.aclose(); await launcher.close()
+            await b.aclose()
+            await launcher.close()

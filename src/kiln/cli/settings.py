@@ -1,8 +1,9 @@
 """The global options, which every command takes before and after its name."""
 
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import click
 from click.core import ParameterSource
@@ -10,13 +11,14 @@ from click.core import ParameterSource
 from kiln.cli.units import Duration, IdRange, Size
 
 _META = "kiln.settings"
+_PREFIX = "global_"  # Commands have parameters of the same names.
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
     """What the global options say; None where the default is not the command line's to know."""
 
-    store: str = ""
+    store: str
     builder: str = "bwrap://"
     json: bool = False
     events: str | None = None
@@ -35,11 +37,10 @@ class Settings:
     def of(cls, context: click.Context) -> "Settings":
         """What was given before and after the command; what came later counts."""
         given = context.meta.get(_META, {})
-        settings = cls(**{field.name: given[field.name] for field in fields(cls) if field.name in given})
-        return settings if settings.store else cls(**{**given, "store": default_store(os.environ, os.getuid())})
+        return cls(**{"store": default_store(os.environ, os.getuid()), **given})
 
 
-def default_store(environment: "os._Environ[str] | dict[str, str]", uid: int) -> str:
+def default_store(environment: Mapping[str, str], uid: int) -> str:
     """The store's URL where none is given: $XDG_DATA_HOME/kiln, or /var/lib/kiln for root."""
     if uid == 0 and not environment.get("XDG_DATA_HOME"):
         return "/var/lib/kiln"
@@ -48,17 +49,19 @@ def default_store(environment: "os._Environ[str] | dict[str, str]", uid: int) ->
 
 
 def _remember(context: click.Context, parameter: click.Parameter, value: object) -> None:
-    name = parameter.name
-    if name is None or context.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
+    assert parameter.name is not None
+    if context.get_parameter_source(parameter.name) is not ParameterSource.COMMANDLINE:
         return
+    name = parameter.name.removeprefix(_PREFIX)
     given = context.meta.setdefault(_META, {})
     if isinstance(value, tuple) and parameter.multiple:
         value = (*given.get(name, ()), *value)
     given[name] = value
 
 
-def _option(*names: str, **attributes: object) -> click.Option:
-    return click.Option(names, callback=_remember, expose_value=False, **attributes)  # type: ignore[arg-type]
+def _option(flag: str, **attributes: Any) -> click.Option:
+    name = _PREFIX + flag.removeprefix("--").replace("-", "_")
+    return click.Option((flag, name), callback=_remember, expose_value=False, **attributes)
 
 
 def global_options() -> Iterable[click.Option]:

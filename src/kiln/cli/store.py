@@ -42,6 +42,7 @@ _PATH = click.argument("path", metavar="[PATH]", default="")
 def _import(context: click.Context, path: str) -> int:
     """Import a file or a directory; prints its Entry."""
     settings = Settings.of(context)
+    name = os.fsencode(os.path.basename(os.path.abspath(path)))
 
     async def main() -> int:
         started = time.perf_counter()
@@ -49,7 +50,7 @@ def _import(context: click.Context, path: str) -> int:
             found = await store.ingest(path)
         took = shown_time(time.perf_counter() - started)
         click.echo(f"kiln: {found.files} files, {shown_size(found.bytes)} in {took}", err=True)
-        click.echo(node_text(found.node, os.fsencode(os.path.basename(os.path.abspath(path)))))
+        click.echo(node_text(found.node, name))
         return exits.OK
 
     return run_async(main())

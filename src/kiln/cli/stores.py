@@ -44,7 +44,7 @@ def castore_of(store: LocalStore) -> Castore:
 
 @asynccontextmanager
 async def opened(text: str) -> AsyncIterator[OpenStore]:
-    """The store at `text`, a URL or a path, for as long as the block. Raises UrlInvalid, and what its backend raises."""
+    """The store at `text`, a URL or a path, for as long as the block. Raises UrlInvalid, or what its backend does."""
     url = parse_store(text)
     if url.scheme == "local":
         with opened_local(url) as store:

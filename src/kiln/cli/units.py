@@ -1,6 +1,7 @@
 """Sizes, times and ranges as people write them."""
 
 import re
+import time
 
 import click
 
@@ -8,7 +9,7 @@ _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
-class Size(click.ParamType):
+class Size(click.ParamType):  # type: ignore[type-arg]  # Generic only in newer versions of click.
     """Bytes, or K, M, G, T as powers of 1024."""
 
     name = "bytes"
@@ -21,7 +22,7 @@ class Size(click.ParamType):
         return int(match[1]) << 10 * _POWERS[match[2].upper()]
 
 
-class Duration(click.ParamType):
+class Duration(click.ParamType):  # type: ignore[type-arg]  # As above.
     """Seconds, or a number with s, m, h or d."""
 
     name = "time"
@@ -35,7 +36,7 @@ class Duration(click.ParamType):
         return seconds
 
 
-class IdRange(click.ParamType):
+class IdRange(click.ParamType):  # type: ignore[type-arg]  # As above.
     """FIRST-LAST, decimal or 0x hexadecimal."""
 
     name = "first-last"
@@ -73,3 +74,8 @@ def shown_time(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60}:{whole % 60:02}"
     return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
+
+
+def shown_moment(time_s: float) -> str:
+    """A Unix time in the time zone of this host."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time_s))
