@@ -20,9 +20,13 @@ _PROGRAM = "import sys; sys.path.append(sys.argv.pop(1)); from kiln.sandbox.laun
 
 @dataclass(frozen=True, slots=True)
 class Companion:
-    """A program beside the sandbox; `{pid}` is its first process, `{ready}` a descriptor to write one byte to."""
+    """A program beside the sandbox; `{pid}` is its first process, `{ready}` a descriptor to write one byte to.
+
+    It runs as the build's user, unless `as_launcher` leaves it the launcher's own ids.
+    """
 
     argv: tuple[str, ...]
+    as_launcher: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +124,11 @@ class Launcher:
             launch.fail(LauncherGone())
         self._launches.clear()
 
+    @property
+    def process_id(self) -> int | None:
+        """The process, while there is one."""
+        return self._process.pid if self._process is not None and self._socket is not None else None
+
     def launch(self, order: Order) -> Launch:
         """Start what `order` says. The descriptors in it may be closed as soon as this returns."""
         if self._socket is None:
@@ -139,7 +148,9 @@ class Launcher:
             "cpus": list(order.cpus),
             "personality": order.personality,
             "oom_score_adj": order.oom_score_adj,
-            "companions": [{"argv": list(companion.argv)} for companion in order.companions],
+            "companions": [
+                {"argv": list(companion.argv), "as_launcher": companion.as_launcher} for companion in order.companions
+            ],
         }
         if order.pause_descriptor is not None:
             body["pause"] = {"descriptor": order.pause_descriptor, "contents": order.pause_contents}

@@ -245,7 +245,7 @@ class LauncherProcess:
             pid = os.fork()
             if pid == 0:
                 os.set_inheritable(ready_writer, True)
-                _run_companion(argv, build.order["uid"], build.order["gid"], self.is_root)
+                _run_companion(argv, None if companion["as_launcher"] or not self.is_root else build.order)
             os.close(ready_writer)
             build.companions.append(pid)
             with os.fdopen(ready, "rb") as reader:
@@ -316,7 +316,7 @@ def _become(order: Order, inherited: Mapping[int, int], trouble: int) -> None:
             os.setresuid(order["uid"], order["uid"], order["uid"])
         mounts.set_personality(order["personality"])
         os.chdir("/")
-        os.execve(order["argv"][0], [_raw(word) for word in order["argv"]], {})
+        os.execve(order["argv"][0], [_raw(word) for word in order["argv"]], {})  # noqa: S606  # No shell is wanted.
     except BaseException as error:  # noqa: BLE001  # Whatever it is, it must not run on as a second launcher.
         os.write(trouble, f"{order['argv'][0]}: {error}".encode(errors="replace"))
         os._exit(127)
@@ -331,15 +331,15 @@ def _set_rlimit(which: int, soft: int, hard: int) -> None:
     resource.setrlimit(which, (soft, hard))
 
 
-def _run_companion(argv: list[str], uid: int, gid: int, is_root: bool) -> None:  # noqa: FBT001  # Private.
+def _run_companion(argv: list[str], ids: Order | None) -> None:
+    """In the new process: take on the order's `uid` and `gid`, if one is given, and become the program."""
     try:
-        mounts.die_with_parent(signal.SIGKILL)
-        if is_root:
+        if ids is not None:
             os.setgroups([])
-            os.setresgid(gid, gid, gid)
-            os.setresuid(uid, uid, uid)
-            mounts.die_with_parent(signal.SIGKILL)  # A change of uid clears it.
-        os.execve(argv[0], argv, {})
+            os.setresgid(ids["gid"], ids["gid"], ids["gid"])
+            os.setresuid(ids["uid"], ids["uid"], ids["uid"])
+        mounts.die_with_parent(signal.SIGKILL)  # After the ids: changing those clears it.
+        os.execve(argv[0], argv, {})  # noqa: S606  # No shell is wanted.
     finally:
         os._exit(127)
 
@@ -426,5 +426,7 @@ def main() -> None:
     """Serve the socket whose descriptor is the one argument."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # The client decides when builds end, and its own end is noticed.
+    client = socket.socket(fileno=int(sys.argv[1]))
+    client.set_inheritable(False)  # It came by inheritance; no build may have it.
     mounts.adopt_orphans()
-    LauncherProcess(socket.socket(fileno=int(sys.argv[1]))).run()
+    LauncherProcess(client).run()
