@@ -279,6 +279,16 @@ async def test_processes_that_make_open_fill_and_stage_one_store_do_not_disturb_
     store.close()
 
 
+async def test_opening_a_store_leaves_the_sessions_of_the_living_alone(store: LocalStore, tmp_path: Path) -> None:
+    await store.add_blob(b"first")
+    other = LocalStore.open(store.path)
+    await other.add_blob(b"second")
+    other.close()
+    assert await store.blobs.has((await store.add_blob(b"third")).digest)
+    await planted(store, tmp_path)
+    assert os.listdir(tmp_path / "store" / "tmp") == [os.path.basename(store.tmp_dir)]
+
+
 VICTIM = """
 import asyncio, itertools, os, sys
 from kiln.castore.local.store import LocalStore
