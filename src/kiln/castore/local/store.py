@@ -381,6 +381,9 @@ def _locked(path: str) -> Iterator[int]:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield descriptor
     finally:
+        fcntl.flock(
+            descriptor, fcntl.LOCK_UN
+        )  # Closing does it only once no duplicate is left, and a session keeps one.
         os.close(descriptor)
 
 
