@@ -41,7 +41,7 @@ _WRITABLE = mounts.NOSUID | mounts.NODEV
 
 
 def bwrap_options(plan: RootPlan, *, terminal: bool = False) -> list[str]:
-    """bwrap's own options for `plan` (pure); the last one makes it wait for the launcher."""
+    """The options for `plan` (pure); `--file` makes bwrap wait for the launcher."""
     options = ["--unshare-user", "--unshare-pid", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup"]
     if plan.network is not Network.HOST:
         options.append("--unshare-net")

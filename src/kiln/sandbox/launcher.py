@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from kiln.sandbox.errors import LaunchFailed, LauncherGone
+from kiln.sandbox.errors import LauncherGone, LaunchFailed
 
 _REPORT_BYTES_MAX = 65536
 # -I: nothing of the caller's environment or directory; -S: no site-packages, which would cost more than all the rest.

@@ -40,6 +40,7 @@ _F_SETPIPE_SZ = 1031
 _ONE_SLOT = 4096
 _NEW_ROOT = b"/newroot"
 _OLD_ROOT = b"/oldroot"
+_IN_THE_ROOTS_TMPFS = frozenset({"dir", "file", "link", "remove"})
 
 
 def _raw(text: str) -> bytes:
@@ -200,13 +201,15 @@ class LauncherProcess:
         assert build.pause is not None
         self.selector.unregister(build.pause)
         build.find_init()
-        try:
-            if build.init_pidfd is None:
-                raise OSError(f"no child-pid in {build.status_text!r}")
-            self.attach_all(build)
-            self.start_companions(build)
-        except OSError as error:
-            build.failure = str(error)
+        if build.init_pidfd is None:
+            build.failure = f"the runtime did not say which process it made: {build.status_text!r}"
+        else:
+            try:
+                self.attach_all(build)
+                self.start_companions(build)
+            except OSError as error:
+                build.failure = str(error)
+        if build.failure is not None:
             build.kill()
         os.close(build.pause)
         build.pause = None
@@ -385,36 +388,29 @@ def complete_root(steps: list[list[Any]], uid: int, gid: int) -> None:
             acting = wanted
 
     for step in steps:
-        kind, path = step[0], _NEW_ROOT + b"/" + _raw(step[2] if step[0] == "bind" else step[1])
+        kind = step[0]
+        path = _NEW_ROOT + b"/" + _raw(step[2] if kind == "bind" else step[1])
+        act((uid, gid) if kind in _IN_THE_ROOTS_TMPFS else (0, 0))
         try:
             match kind:
                 case "dir":
-                    act((uid, gid))
                     os.mkdir(path, step[2])
                 case "file":
-                    act((uid, gid))
                     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, step[2])
                     with os.fdopen(descriptor, "wb") as file:
                         file.write(_raw(step[3]))
                 case "link":
-                    act((uid, gid))
                     os.symlink(_raw(step[2]), path)
                 case "remove":
-                    act((uid, gid))
                     os.unlink(path)
                 case "bind":
-                    act((0, 0))
                     mounts.bind(_OLD_ROOT + _raw(step[1]), path, step[3], recursive=step[4])
                 case "tmpfs":
-                    act((0, 0))
                     mounts.tmpfs(path, step[2], step[3])
                 case "attributes":
-                    act((0, 0))
                     descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
                     mounts.set_attributes(descriptor, step[2])
                     os.close(descriptor)
-                case _:
-                    raise OSError(f"unknown step {step!r}")
         except OSError as error:
             where = os.fsdecode(path.removeprefix(_NEW_ROOT))
             source = f" (from {step[1]})" if kind == "bind" else ""

@@ -5,7 +5,7 @@ import os
 import stat
 from dataclasses import dataclass
 
-from kiln.sandbox.plan import HostDirectory, RootPlan, TMP
+from kiln.sandbox.plan import TMP, HostDirectory, RootPlan
 from kiln.sandbox.uids import Identity
 
 
@@ -67,7 +67,7 @@ class Layout:
         path = self.host_path(inputs_dir)
         if path is not None and identity is not None:
             os.chown(path, 0, 0)
-            os.chmod(path, 0o1777)
+            os.chmod(path, 0o1777)  # noqa: S103  # As every store in a sandbox: sticky, below a directory of ours.
 
     def keep(self, *, until_s: float) -> None:
         """Mark the directory as a kept failure, to be removed after `until_s` (Unix seconds)."""

@@ -70,7 +70,7 @@ def unmount(target: bytes) -> None:
 
 
 def tmpfs(target: bytes, attributes: int, options: dict[str, str]) -> None:
-    """Mount an empty tmpfs with `options` (mode, size, …; tmpfs(5)) on `target`."""
+    """Mount an empty file system in memory on `target`; options such as mode and size are those of its man page."""
     filesystem = _syscall(_FSOPEN, "fsopen", b"tmpfs", 1)
     try:
         for key, value in options.items():

@@ -25,9 +25,11 @@ ETC_FILES: tuple[tuple[str, bytes], ...] = (
     ("etc/nsswitch.conf", b"hosts: files dns\nservices: files\n"),
     (
         "etc/passwd",
-        b"root:x:0:0:Nix build user:/build:/noshell\n"
-        b"nixbld:x:1000:100:Nix build user:/build:/noshell\n"
-        b"nobody:x:65534:65534:Nobody:/:/noshell\n",
+        (
+            b"root:x:0:0:Nix build user:/build:/noshell\n"
+            b"nixbld:x:1000:100:Nix build user:/build:/noshell\n"
+            b"nobody:x:65534:65534:Nobody:/:/noshell\n"
+        ),
     ),
 )
 
@@ -154,7 +156,7 @@ class HostFacts:
 
 def is_within(path: str, ancestor: str) -> bool:
     """Whether `path` is `ancestor` or below it; everything is below the root, the empty path."""
-    return path == ancestor or ancestor == "" or path.startswith(ancestor + "/")
+    return ancestor in {"", path} or path.startswith(ancestor + "/")
 
 
 def parents(path: str) -> list[str]:

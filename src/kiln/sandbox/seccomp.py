@@ -1,10 +1,10 @@
 """The system call filter as a classic BPF program (pure).
 
-Its effects are those of Nix's sandbox: making a file setuid or setgid by chmod fails with EPERM, and extended attributes
-(of which ACLs are one kind) with ENOTSUP, because neither survives into a store. Everything else is left to the
-namespaces: a filter that tried to list what is dangerous would only break builds on newer kernels.
+Its effects are those of Nix's sandbox: making a file setuid or setgid by chmod fails with EPERM, and extended
+attributes (of which ACLs are one kind) with ENOTSUP, because neither survives into a store. Everything else is left to
+the namespaces: a filter that tried to list what is dangerous would only break builds on newer kernels.
 
-Numbers: arch/x86/entry/syscalls/syscall_{64,32}.tbl, include/uapi/asm-generic/unistd.h and arch/arm/tools/syscall.tbl of
+Numbers: arch/x86/entry/syscalls/syscall_{64,32}.tbl, include/uapi/asm-generic/unistd.h, arch/arm/tools/syscall.tbl of
 Linux; struct seccomp_data and the return values: include/uapi/linux/seccomp.h.
 """
 

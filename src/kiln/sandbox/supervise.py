@@ -66,7 +66,7 @@ class Supervision:
         self._last_word = 0.0
 
     async def run(self) -> Ending:
-        """Until nothing of the build is left. Raises LaunchFailed or LauncherGone; cancelled, it kills the build first."""
+        """Until nothing of it is left; cancelled, it kills the build first. Raises LaunchFailed or LauncherGone."""
         loop = asyncio.get_running_loop()
         started = self._last_word = loop.time()
         pumps = [asyncio.ensure_future(self._pump(descriptor, stream)) for descriptor, stream in self._logs.items()]
@@ -136,7 +136,7 @@ class Supervision:
 
 
 async def _chunks(descriptor: int, ended: "asyncio.Future[Ended]") -> AsyncIterator[bytes]:
-    """What can be read from the pipe `descriptor`, until its last writer is gone. Small writes are gathered a little."""
+    """What comes through the pipe `descriptor`, until its last writer is gone; small writes are gathered a little."""
     loop = asyncio.get_running_loop()
     os.set_blocking(descriptor, False)
     readable = asyncio.Event()
