@@ -107,35 +107,31 @@ class Host(BuildHost):
         self._one_more_kept = asyncio.Event()
         self._builds: dict[str, _Build] = {}
         self._tokens: dict[tuple[str, bytes], str] = {}
-        self._tasks = asyncio.TaskGroup()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._maxima = BuildOptions()
         self._closing = False
 
     async def __aenter__(self) -> Self:
         self._maxima = (await self._inner.capabilities()).maxima
-        await self._tasks.__aenter__()
-        self._housekeeping = self._tasks.create_task(self._prune())
+        self._housekeeping = asyncio.create_task(self._prune())
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            await self.close(cancel=True)
-        finally:
-            self._housekeeping.cancel()
-            await self._tasks.__aexit__(kind, error, trace)
-            self._claims.close()
+        # No TaskGroup: it would wrap what the block raises, and a build never fails its host.
+        self._housekeeping.cancel()
+        await self.close(cancel=True)
+        await asyncio.wait([self._housekeeping])
+        self._claims.close()
 
     async def close(self, *, cancel: bool, why: str = "this kiln is shutting down") -> None:
         """Take no more builds and wait until those there are have ended; with `cancel`, end them."""
         self._closing = True
-        builds = list(self._builds.values())
         if cancel:
-            for build in builds:
+            for build in list(self._builds.values()):
                 self._begin_cancel(build, Cancelling("kiln", why))
-        if builds:
-            await asyncio.wait([build.task for build in builds])
+        await asyncio.gather(*self._tasks)
 
     async def submit(self, request: BuildRequest, options: BuildOptions, *, client_token: str = "") -> str:
         if self._closing:
@@ -160,7 +156,9 @@ class Host(BuildHost):
             release(directory)
             raise
         self._builds[name] = build
-        build.task = self._tasks.create_task(self._own(build), name=f"build {name}")
+        build.task = asyncio.create_task(self._own(build), name=f"build {name}")
+        self._tasks.add(build.task)
+        build.task.add_done_callback(self._tasks.discard)
         if client_token:
             self._remember(client_token, digest, name)
         return name
@@ -379,10 +377,13 @@ class Host(BuildHost):
         finally:
             build.followers -= 1
             options = build.submission.options
-            if not build.followers and options.cancel_on_disconnect and build.finished is None:
-                loop = asyncio.get_running_loop()
+            if not build.followers and options.cancel_on_disconnect:
                 cancelling = Cancelling("disconnect", "the last one who watched it left")
-                build.grace = loop.call_later(options.disconnect_grace_s, self._begin_cancel, build, cancelling)
+                if options.disconnect_grace_s:
+                    loop = asyncio.get_running_loop()
+                    build.grace = loop.call_later(options.disconnect_grace_s, self._begin_cancel, build, cancelling)
+                else:
+                    self._begin_cancel(build, cancelling)
 
     def _remember(self, token: str, digest: bytes, name: str) -> None:
         self._tokens[token, digest] = name
@@ -479,6 +480,8 @@ def _effective(options: BuildOptions, maxima: BuildOptions) -> BuildOptions:
 
     return replace(
         options,
+        build_id="",
+        labels={},
         wall_s=least_s(options.wall_s, maxima.wall_s),
         silence_s=least_s(options.silence_s, maxima.silence_s),
         memory_bytes=least(options.memory_bytes, maxima.memory_bytes) if options.memory_bytes else 0,
