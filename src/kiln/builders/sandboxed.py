@@ -6,11 +6,13 @@ import dataclasses
 import os
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractContextManager, asynccontextmanager
+from typing import Self
 
 from kiln.aio import Emit, streaming
 from kiln.build.build_id import build_id
+from kiln.build.errors import RequestInvalid
 from kiln.build.events import (
     Assigned,
     BuilderInfo,
@@ -35,13 +37,14 @@ from kiln.build.events import (
 )
 from kiln.build.model import BuildOptions, BuildRequest
 from kiln.build.service import BuildService, Capabilities
+from kiln.castore.dirfd import remove_tree
 from kiln.castore.errors import ContentMissing, IngestRefused
 from kiln.castore.local.store import LocalStore
 from kiln.castore.model import FileNode, SymlinkNode
-from kiln.castore.dirfd import remove_tree
 from kiln.errors import KilnError
 from kiln.sandbox import cgroups
-from kiln.sandbox.claims import Claims, release
+from kiln.sandbox.claims import Claims, held, release
+from kiln.sandbox.errors import BuildNotKept, ShellMissing
 from kiln.sandbox.host import Host
 from kiln.sandbox.launcher import Ended, Launcher, Order
 from kiln.sandbox.layout import Layout
@@ -121,6 +124,23 @@ class SandboxedBuilder(BuildService):
 
         async with streaming(produce, capacity=64) as events:
             yield events
+
+    async def enter(self, request: BuildRequest, build_id: str, streams: Streams) -> int:
+        """Run an interactive shell in what the failed build `build_id` of `request` left; returns its exit code.
+
+        It sees what the build saw, and its scratch as it was at the end. Raises BuildNotKept, ContentMissing, and what
+        keeps a sandbox from starting.
+        """
+        if self._shell is None:
+            raise ShellMissing
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(held(self._store.builds_dir, build_id))
+            except (FileNotFoundError, BlockingIOError) as error:
+                raise BuildNotKept(build_id) from error
+            options = BuildOptions(build_id=build_id)
+            attempt = _Attempt(self, _with_shell(request, self._host.systems[0]), options, _nowhere)
+            return await attempt.enter(streams)
 
     def remove_later(self, path: str) -> None:
         """Remove a build's directory without keeping its caller waiting; a crash leaves it to the next start."""
@@ -221,7 +241,7 @@ class _Attempt:
                 Failure(
                     Reason.DENIED,
                     f"the request asks for the host's {', '.join(denied)}, which the policy does not allow; "
-                    + f"allow it with --allow-path {denied[0]}",
+                    f"allow it with --allow-path {denied[0]}",
                     detail=PathDetail(denied[0]),
                 )
             )
@@ -269,10 +289,32 @@ class _Attempt:
         await self._phase(PhaseKind.CAPTURE)
         return await self._capture(plan)
 
-    async def _stage_inputs(self) -> tuple[str, ...]:
+    async def enter(self, streams: Streams) -> int:
+        """Run the request's command on `streams` in scratch that is there already, without any limit of time."""
+        inputs = await self._paths_of_inputs()
+        plan = plan_root(self._request, self._host_facts())
+        with contextlib.ExitStack() as stack:
+            identity = stack.enter_context(self._builder._uids.taken()) if self._builder._uids else None
+            self._layout.reopen(plan, identity)
+            group = stack.enter_context(self._group())
+            sources = Sources(inputs, self._layout.scratch, await self._shell_path())
+            with self._builder._runtime.order(plan, sources, identity, streams) as order:
+                launch = self._builder._launcher.launch(self._completed(order, group))
+            try:
+                ended = await asyncio.shield(launch.ended)
+            finally:
+                launch.kill()
+                await asyncio.wait([launch.ended])
+        return ended.status if ended.exit_code is None else ended.exit_code
+
+    async def _paths_of_inputs(self) -> tuple[str, ...]:
         nodes = [node for _, node in self._request.inputs if not isinstance(node, SymlinkNode)]
+        staged = iter(await self._store.stage(nodes))
+        return tuple("" if isinstance(node, SymlinkNode) else next(staged) for _, node in self._request.inputs)
+
+    async def _stage_inputs(self) -> tuple[str, ...]:
         try:
-            staged = iter(await self._store.stage(nodes))
+            return await self._paths_of_inputs()
         except ContentMissing as missing:
             raise _Refused(
                 Failure(
@@ -282,7 +324,6 @@ class _Attempt:
                     MissingDetail(tuple(sorted(missing.blobs)), tuple(sorted(missing.directories))),
                 )
             ) from missing
-        return tuple("" if isinstance(node, SymlinkNode) else next(staged) for _, node in self._request.inputs)
 
     async def _shell_path(self) -> str:
         if not self._request.constraints.provide_bin_sh or self._builder._shell is None:
@@ -406,6 +447,20 @@ def _remove(path: str) -> None:
         os.close(parent)
 
 
+def _with_shell(request: BuildRequest, system: str) -> BuildRequest:
+    """`request` with a shell for its command. Where it has put something of its own at /bin, that has to bring one."""
+    constraints = dataclasses.replace(request.constraints, system=request.constraints.system or system)
+    request = dataclasses.replace(request, command=("/bin/sh",), outputs=(), constraints=constraints)
+    try:
+        return dataclasses.replace(request, constraints=dataclasses.replace(constraints, provide_bin_sh=True))
+    except RequestInvalid:
+        return request
+
+
+async def _nowhere(event: BuildEvent) -> None:
+    """Nobody follows an interactive shell: its terminal is all there is of it."""
+
+
 def _rlimits(limits: Limits, *, enforced: frozenset[str]) -> Mapping[str, tuple[int, int]]:
     """The fixed limits of the contract, and those that stand in where no control group enforces."""
     fixed = {
@@ -468,7 +523,7 @@ class _Pipes:
             os.close(descriptor)
         self._writers.clear()
 
-    def __enter__(self) -> "_Pipes":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -47,7 +47,7 @@ def bwrap_options(plan: RootPlan, *, terminal: bool = False) -> list[str]:
         options.append("--unshare-net")
     if not plan.user_namespaces:
         options.append("--disable-userns")
-    if not terminal:  # A session of its own would take the terminal's job control away.
+    if not terminal:  # The launcher makes the session, and the terminal its own.
         options.append("--new-session")
     options += ["--die-with-parent", "--uid", str(BUILD_UID), "--gid", str(BUILD_GID), "--hostname", HOSTNAME]
     options.append("--clearenv")
@@ -137,6 +137,7 @@ class Bwrap(Runtime):
                 attach=attachments(plan, sources),
                 personality=persona,
                 companions=self._companions(plan),
+                terminal=streams.terminal,
             )
 
     def _companions(self, plan: RootPlan) -> list[Companion]:

@@ -76,6 +76,24 @@ def release(directory: str) -> None:
 
 
 @contextlib.contextmanager
+def held(builds_dir: str, build_id: str) -> Iterator[str]:
+    """The directory of a build that is over, ours for the block. Raises FileNotFoundError, BlockingIOError."""
+    directory = f"{builds_dir}/{build_id}"
+    with settled(builds_dir):
+        lock = os.open(f"{directory}/{_LOCK}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            raise
+    try:
+        yield directory
+    finally:
+        release(directory)
+        os.close(lock)
+
+
+@contextlib.contextmanager
 def settled(builds_dir: str) -> Iterator[None]:
     """Nobody else asks `is_held` meanwhile: asking takes the lock for a moment, and would look like an owner."""
     descriptor = os.open(builds_dir, DIRECTORY)

@@ -1,6 +1,6 @@
 """What can go wrong with a sandbox, apart from the build in it."""
 
-from kiln.errors import Unavailable, Usage
+from kiln.errors import NotFound, Unavailable, Usage
 
 
 class LaunchFailed(Unavailable):
@@ -20,3 +20,20 @@ class RuntimeMissing(Usage):
 
 class UidsExhausted(Unavailable):
     """All host uids of the range are in use."""
+
+
+class ShellMissing(Usage):
+    """No static shell was found on the host."""
+
+    def __init__(self) -> None:
+        super().__init__("there is no static shell here: install busybox-static, or name one with --shell")
+
+
+class BuildNotKept(NotFound):
+    """Nothing of the build is on disk any more, or somebody is in it already."""
+
+    def __init__(self, build_id: str) -> None:
+        super().__init__(
+            f"nothing of build {build_id} is kept: only failed builds are, for a time, and one shell at a time enters"
+        )
+        self.build_id = build_id

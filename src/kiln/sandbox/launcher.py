@@ -49,6 +49,8 @@ class Order:
     personality: int = 0
     oom_score_adj: int = 0
     companions: Sequence[Companion] = ()
+    terminal: bool = False
+    """Descriptor 0 is a terminal, to become the controlling one of a session of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +150,7 @@ class Launcher:
             "cpus": list(order.cpus),
             "personality": order.personality,
             "oom_score_adj": order.oom_score_adj,
+            "terminal": order.terminal,
             "companions": [
                 {"argv": list(companion.argv), "as_launcher": companion.as_launcher} for companion in order.companions
             ],

@@ -27,6 +27,7 @@ import selectors
 import signal
 import socket
 import sys
+import termios
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -300,6 +301,9 @@ def _become(order: Order, inherited: Mapping[int, int], trouble: int) -> None:
         trouble = fcntl.fcntl(trouble, fcntl.F_DUPFD_CLOEXEC, floor)
         for target, source in moved.items():
             os.dup2(source, target, inheritable=True)
+        if order["terminal"]:
+            os.setsid()
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
         for group in order["cgroups"]:
             with open(group, "w") as processes:
                 processes.write("0")

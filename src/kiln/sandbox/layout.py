@@ -34,6 +34,18 @@ class Layout:
             self._make(path, 0o1777 if root.root == TMP else 0o755, identity)
             self._fill(root, path, identity)
 
+    def reopen(self, plan: RootPlan, identity: Identity | None) -> None:
+        """Take up what an earlier run with the same plan left. Now all of it, mount points too, is `identity`'s."""
+        for number, root in enumerate(plan.scratch):
+            path = f"{self.directory}/scratch/{number}"
+            self._scratch[root.root] = path
+            if identity is not None:
+                _give(path, identity.uid)
+            for target, is_directory in root.mount_points:
+                where = path + target[len(root.root) :]
+                if not os.path.lexists(where):
+                    os.mkdir(where) if is_directory else os.close(os.open(where, os.O_CREAT | os.O_WRONLY))
+
     def _fill(self, root: HostDirectory, path: str, identity: Identity | None) -> None:
         def on_host(inside: str) -> str:
             return path + inside[len(root.root) :]
@@ -138,3 +150,11 @@ def occupied_bytes(root: str) -> int:
                         seen.add(found.st_ino)
                     total += found.st_blocks * 512
     return total
+
+
+def _give(root: str, uid: int) -> None:
+    """Make everything below `root` belong to `uid`, following nothing."""
+    for _, _, files, descriptor in os.fwalk(root, follow_symlinks=False):
+        os.fchown(descriptor, uid, uid)
+        for name in files:
+            os.chown(name, uid, uid, dir_fd=descriptor, follow_symlinks=False)

@@ -39,6 +39,8 @@ class Composition:
 
     host: BuildHost
     far: Castore | None = None
+    sandbox: SandboxedBuilder | None = None
+    """Where builds run in a sandbox of this process: to enter what a failed one left."""
 
 
 @asynccontextmanager
@@ -54,8 +56,8 @@ async def composed(config: BuilderConfig, store: LocalStore) -> AsyncIterator[Co
         async with connected_host(url, store) as (host, far):
             yield Composition(host, far)
         return
-    async with _here(config, url, store) as local:
-        yield Composition(local)
+    async with _here(config, url, store) as composition:
+        yield composition
 
 
 def parse_builder(text: str) -> Url:
@@ -84,7 +86,7 @@ class _Backend:
 
 
 @asynccontextmanager
-async def _here(config: BuilderConfig, url: Url, store: LocalStore) -> AsyncIterator[Host]:
+async def _here(config: BuilderConfig, url: Url, store: LocalStore) -> AsyncIterator[Composition]:
     """Host(cached(deduplicated(limited(backend))))."""
     machine = detect_host()
     policy = policy_of(config, machine)
@@ -93,13 +95,14 @@ async def _here(config: BuilderConfig, url: Url, store: LocalStore) -> AsyncIter
     shell = await import_shell(store, config.shell)
     surroundings = _Surroundings(url, store, machine, policy, _uids(config), shell, store_id)
     async with AsyncExitStack() as stack:
-        service = await stack.enter_async_context(_BACKENDS[url.scheme].open(surroundings))
+        backend = await stack.enter_async_context(_BACKENDS[url.scheme].open(surroundings))
         admission = Admission(slots=policy.slots, memory_bytes=policy.memory_bytes)
-        service = Limited(service, admission, lambda r, o: limits_of(r, o, policy).memory_bytes)
+        service: BuildService = Limited(backend, admission, lambda r, o: limits_of(r, o, policy).memory_bytes)
         service = Deduplicated(service, spool_dir=store.tmp_dir)
         keys = Keys(store.scheme, shell.digest if shell else None, policy.salt)
         service = Cached(service, store, keys)
-        yield await stack.enter_async_context(Host(service, store, keys, kept_bytes_max=policy.kept_bytes))
+        host = await stack.enter_async_context(Host(service, store, keys, kept_bytes_max=policy.kept_bytes))
+        yield Composition(host, sandbox=backend if isinstance(backend, SandboxedBuilder) else None)
 
 
 def policy_of(config: BuilderConfig, machine: Machine) -> Policy:
