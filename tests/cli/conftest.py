@@ -1,5 +1,6 @@
-"""The command line as users have it: a process of its own."""
+"""The command line as users have it."""
 
+import io
 import os
 import subprocess
 import sys
@@ -9,12 +10,18 @@ from pathlib import Path
 
 import pytest
 
+from kiln.cli.main import run
+
 
 @dataclass(frozen=True)
 class Outcome:
     code: int
     out: bytes
     err: bytes
+
+    def __post_init__(self) -> None:
+        assert b"Traceback" not in self.err, self.said
+        assert b"bug in kiln" not in self.err, self.said
 
     @property
     def text(self) -> str:
@@ -34,11 +41,12 @@ def store(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def kiln(tmp_path: Path, store: Path) -> Run:
-    def run(*arguments: str | Path, stdin: bytes = b"", use_store: bool = True) -> Outcome:
-        own = ["--store", str(store)] if use_store else []
+def kiln_process(tmp_path: Path, store: Path) -> Run:
+    """A process of its own, as from a shell. Starting one takes most of a second."""
+
+    def start(*arguments: str | Path, stdin: bytes = b"") -> Outcome:
         done = subprocess.run(
-            [sys.executable, "-m", "kiln", *own, *map(str, arguments)],
+            [sys.executable, "-m", "kiln", "--store", str(store), *map(str, arguments)],
             check=False,
             input=stdin,
             capture_output=True,
@@ -46,9 +54,23 @@ def kiln(tmp_path: Path, store: Path) -> Run:
             env={**os.environ, "COLUMNS": "120"},
             timeout=100,
         )
-        outcome = Outcome(done.returncode, done.stdout, done.stderr)
-        assert b"Traceback" not in outcome.err, outcome.said
-        assert b"bug in kiln" not in outcome.err, outcome.said
-        return outcome
+        return Outcome(done.returncode, done.stdout, done.stderr)
 
-    return run
+    return start
+
+
+@pytest.fixture
+def kiln(
+    tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[bytes]
+) -> Run:
+    """All of the same but the process."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str | Path, stdin: bytes = b"") -> Outcome:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        capfdbinary.readouterr()
+        code = run(["--store", str(store), *map(str, arguments)])
+        out, err = capfdbinary.readouterr()
+        return Outcome(code, out, err)
+
+    return call

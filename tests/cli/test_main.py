@@ -14,16 +14,15 @@ from kiln.version import __version__
 Run = Callable[..., Any]
 
 
-def test_the_version_needs_no_command_line(kiln: Run) -> None:
+def test_the_version_needs_no_command_line(kiln_process: Run) -> None:
     program = "import sys; sys.argv = ['kiln', '--version']; import kiln.__main__ as m; code = m.main(); print(code, 'click' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True, text=True)
     assert done.stdout == f"kiln {__version__}\n0 False\n"
-    assert kiln("store", "--help", use_store=False).code == 0
-    assert kiln("--json", "--version", use_store=False).text == f"kiln {__version__}\n"
+    assert kiln_process("--json", "--version").text == f"kiln {__version__}\n"
 
 
 def test_the_help_names_every_command(kiln: Run) -> None:
-    text = kiln("--help", use_store=False).text
+    text = kiln("--help").text
     assert all(f"\n  {name} " in text for name in COMMANDS)
 
 
@@ -90,7 +89,7 @@ def test_the_default_store() -> None:
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completions(kiln: Run, shell: str) -> None:
-    outcome = kiln("completions", shell, use_store=False)
+    outcome = kiln("completions", shell)
     assert outcome.code == 0
     assert "_KILN_COMPLETE" in outcome.text
     assert outcome.err == b""

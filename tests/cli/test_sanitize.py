@@ -12,7 +12,9 @@ SGR = re.compile(r"\x1b\[[0-9;:]*m")
 @given(st.text(alphabet=st.characters(exclude_categories=[])))
 def test_nothing_leaves_the_line(text: str) -> None:
     shown = one_line(text)
-    assert shown.replace("\t", "").isprintable() or not re.search(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e]", shown.replace("\t", ""))
+    assert shown.replace("\t", "").isprintable() or not re.search(
+        r"[\x00-\x1f\x7f-\x9f\u202a-\u202e]", shown.replace("\t", "")
+    )
     assert len(shown.splitlines()) <= 1
 
 

@@ -127,20 +127,20 @@ def test_bad_input_gets_its_exit_code_and_a_sentence(
 )
 def test_a_store_that_is_none_is_wrong_usage(kiln: Run, tmp_path: Path, url: str, named: str) -> None:
     (tmp_path / "file").write_bytes(b"")
-    outcome = kiln("--store", url, "store", "import", tmp_path / "file", use_store=False)
+    outcome = kiln("--store", url, "store", "import", tmp_path / "file")
     assert outcome.code == 2, outcome.said
     assert named in outcome.said
 
 
 def test_a_server_that_is_not_there_is_trouble(kiln: Run, tmp_path: Path) -> None:
     url = f"grpc+unix://{tmp_path}/nobody.sock"
-    outcome = kiln("--store", url, "store", "cat", "0" * 64, use_store=False)
+    outcome = kiln("--store", url, "store", "cat", "0" * 64)
     assert outcome.code == 5, outcome.said
     assert "nobody.sock" in outcome.said
 
 
 def test_a_store_elsewhere_takes_and_gives_too(kiln: Run, tree: Path) -> None:
-    outcome = kiln("--store", "memory://", "store", "import", tree, use_store=False)
+    outcome = kiln("--store", "memory://", "store", "import", tree)
     assert set(json.loads(outcome.text)) == {"directory"}
 
 

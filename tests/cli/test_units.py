@@ -4,7 +4,9 @@ import pytest
 from kiln.cli.units import Duration, IdRange, Size, shown_size, shown_time
 
 
-@pytest.mark.parametrize(("text", "count"), [("0", 0), ("17", 17), ("1K", 1024), ("2m", 2 << 20), ("3G", 3 << 30), ("1T", 1 << 40)])
+@pytest.mark.parametrize(
+    ("text", "count"), [("0", 0), ("17", 17), ("1K", 1024), ("2m", 2 << 20), ("3G", 3 << 30), ("1T", 1 << 40)]
+)
 def test_sizes(text: str, count: int) -> None:
     assert Size().convert(text, None, None) == count
 

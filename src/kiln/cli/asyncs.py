@@ -4,12 +4,18 @@ import asyncio
 from collections.abc import Coroutine
 
 
+class PipeClosed(Exception):  # noqa: N818  Not an error: whoever reads our results has enough of them.
+    """Stands for BrokenPipeError, which click would take for its own to handle."""
+
+
 def run_async(main: Coroutine[object, object, int]) -> int:
     """Run `main` to its end; an exception that comes alone in a group comes as itself."""
     try:
         return asyncio.run(main)
+    except BrokenPipeError as error:
+        raise PipeClosed from error
     except BaseExceptionGroup as group:
         error: BaseException = group
         while isinstance(error, BaseExceptionGroup):
             error = error.exceptions[0]
-        raise error from group
+        raise (PipeClosed() if isinstance(error, BrokenPipeError) else error) from group

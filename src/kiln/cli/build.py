@@ -11,7 +11,7 @@ from kiln.build.wire import decode_request
 from kiln.build.wire_json import request_from_json
 from kiln.castore.model import printable
 from kiln.cli.asyncs import run_async
-from kiln.cli.building import build
+from kiln.cli.building import build, refusals_shown
 from kiln.cli.command import kiln_command
 from kiln.cli.interrupts import interrupts
 from kiln.cli.options import Running, run_options
@@ -27,10 +27,11 @@ from kiln.errors import Denied, NotFound
 def command(context: click.Context, /, file: str, **values: Any) -> int:
     """Run a BuildRequest: proto3 JSON, or protobuf in a file whose name ends in .binpb; - reads JSON from stdin."""
     settings = Settings.of(context)
-    request = _read(file)
+    with refusals_shown(settings):
+        request = _read(file)
 
     async def main() -> int:
-        with interrupts() as interrupted:
+        with interrupts() as interrupted, refusals_shown(settings):
             async with opened_session(settings) as session:
                 return await build(request, Running(**values), session, settings, interrupted)
 

@@ -2,12 +2,17 @@
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import click
 
+from kiln.build.errors import RequestInvalid
 from kiln.build.events import Success
 from kiln.build.model import BuildRequest
+from kiln.build.unary_status import invalid_request
 from kiln.build.validate import check_outputs_sorted
+from kiln.build.wire_json import failure_to_json
 from kiln.castore.errors import ExportFailed
 from kiln.cli.follow import EventsFile, Follower, follow_and_cancel
 from kiln.cli.interrupts import Interrupts
@@ -43,6 +48,19 @@ async def build(
         for line in result_lines(request, finished.verdict):
             click.echo(line)
     return exit_of(finished)
+
+
+@contextmanager
+def refusals_shown(settings: Settings) -> Iterator[None]:
+    """With --json, a request that breaks a rule is a result too, before it is an error."""
+    try:
+        yield
+    except RequestInvalid as error:
+        if settings.json:
+            click.echo(
+                json.dumps({"build_id": "", "cached": False, "failure": failure_to_json(invalid_request(error))})
+            )
+        raise
 
 
 async def _export(request: BuildRequest, success: Success, directory: str, session: Session) -> None:

@@ -77,7 +77,9 @@ def _described(url: str, capabilities: Capabilities) -> list[Finding]:
 def _weaknesses(builder: BuilderInfo) -> list[Finding]:
     findings = [Finding("weaker", name, why) for name, why in sorted(builder.weaker.items())]
     if builder.shell_digest is None:
-        advice = "builds cannot ask for /bin/sh: install a static shell (on Debian, busybox-static) or give one by --shell"
+        advice = (
+            "builds cannot ask for /bin/sh: install a static shell (on Debian, busybox-static) or give one by --shell"
+        )
         findings.append(Finding("weaker", "shell", advice))
     return findings
 

@@ -82,11 +82,12 @@ def run(arguments: Sequence[str]) -> int:
 
 def _exit_of(error: BaseException) -> int:
     from kiln.cli import exits  # noqa: PLC0415  Only errors need it.
+    from kiln.cli.asyncs import PipeClosed  # noqa: PLC0415
     from kiln.cli.sanitize import one_line  # noqa: PLC0415
     from kiln.errors import KilnError  # noqa: PLC0415
 
     match error:
-        case BrokenPipeError():
+        case BrokenPipeError() | PipeClosed():
             # Whoever read our results has enough. Python would complain once more when it flushes at its end.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return exits.PIPE_CLOSED

@@ -6,7 +6,7 @@ import click
 
 from kiln.cli.assemble import request_of
 from kiln.cli.asyncs import run_async
-from kiln.cli.building import build
+from kiln.cli.building import build, refusals_shown
 from kiln.cli.command import kiln_command
 from kiln.cli.interrupts import interrupts
 from kiln.cli.options import Requesting, Running, request_options, run_options
@@ -29,7 +29,7 @@ def command(context: click.Context, /, **values: Any) -> int:
     running = Running(**{name: values[name] for name in Running.__slots__})
 
     async def main() -> int:
-        with interrupts() as interrupted:
+        with interrupts() as interrupted, refusals_shown(settings):
             async with opened_session(settings) as session:
                 request = request_of(await requesting.asked(session.store), await session.system())
                 return await build(request, running, session, settings, interrupted)

@@ -1,5 +1,6 @@
 """What a command that builds works with: a host of builds, and the store its results go to."""
 
+import platform
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -9,7 +10,9 @@ from kiln.castore.castore import Castore
 from kiln.castore.closure import copy_closure
 from kiln.castore.model import DirectoryNode, FileNode, Node
 from kiln.cli.settings import Settings
-from kiln.cli.stores import OpenStore, castore_of, opened_local, parse_store
+from kiln.cli.stores import OpenStore, opened
+from kiln.rpc.url import CHANNEL_OPTIONS, UrlInvalid
+from kiln.server.compose import composed, parse_builder
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,9 +24,9 @@ class Session:
     far: Castore | None = None
 
     async def system(self) -> str:
-        """The builder's own system."""
+        """The builder's own system; this host's where it has none, for the builder to refuse."""
         systems = (await self.host.capabilities()).systems
-        return systems[0] if systems else ""
+        return systems[0] if systems else f"{platform.machine()}-linux"
 
     async def offer(self, nodes: Iterable[Node]) -> None:
         """Upload what the builder lacks of `nodes` and all below them, where it builds from another castore."""
@@ -46,34 +49,11 @@ class Session:
 
 @asynccontextmanager
 async def opened_session(settings: Settings) -> AsyncIterator[Session]:
-    import os, dataclasses, hashlib
-    from kiln.builders.cached import Keys
-    from kiln.builders.host import Host
-    from kiln.builders.sandboxed import SandboxedBuilder
-    from kiln.sandbox.bwrap import Bwrap
-    from kiln.sandbox.host import detect_host
-    from kiln.sandbox.launcher import Launcher
-    from kiln.sandbox.policy import Policy
-    from kiln.sandbox.uids import UidRange
-
-    with opened_local(parse_store(settings.store)) as store:
-        host = detect_host()
-        sh = dataclasses.replace(await store.add_blob(open("/usr/bin/busybox", "rb").read()), executable=True)
-        launcher = Launcher()
-        b = SandboxedBuilder(
-            Bwrap("/usr/bin/bwrap"),
-            store,
-            launcher,
-            Policy(memory_bytes=4 << 30),
-            host,
-            uids=UidRange() if os.getuid() == 0 else None,
-            shell=sh,
-            url="bwrap://",
-            store_id=hashlib.sha256(store.path.encode()).hexdigest()[:8],
-        )
-        try:
-            async with Host(b, store, Keys(store.scheme, sh.digest)) as h:
-                yield Session(h, OpenStore(castore_of(store), store, False))
-        finally:
-            await b.aclose()
-            await launcher.close()
+    """Store and builder of the settings, for as long as the block. Leaving it cancels what a builder here builds."""
+    config = settings.builder_config()
+    builder = parse_builder(config.url)
+    async with opened(settings.store) as store:
+        if store.elsewhere and builder.scheme not in CHANNEL_OPTIONS:
+            raise UrlInvalid(settings.store, "a builder here needs a store on disk, as in local:///var/lib/kiln")
+        async with composed(config, store.local) as composition:
+            yield Session(composition.host, store, composition.far)

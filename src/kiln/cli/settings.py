@@ -9,6 +9,7 @@ import click
 from click.core import ParameterSource
 
 from kiln.cli.units import Duration, IdRange, Size
+from kiln.server.config import BuilderConfig
 
 _META = "kiln.settings"
 _PREFIX = "global_"  # Commands have parameters of the same names.
@@ -32,6 +33,24 @@ class Settings:
     max_log: int | None = None
     max_processes: int | None = None
     max_wall: float | None = None
+    salt: str = ""
+
+    def builder_config(self) -> BuilderConfig:
+        """The builder that is asked for, and the policy of one here."""
+        return BuilderConfig(
+            url=self.builder,
+            allow_network=self.allow_net,
+            allowed_paths=self.allow_path,
+            slots=self.slots,
+            memory_bytes=self.max_memory,
+            disk_bytes=self.max_disk,
+            log_bytes=self.max_log,
+            processes=self.max_processes,
+            wall_s=self.max_wall,
+            uid_range=self.uid_range,
+            shell=self.shell,
+            salt=self.salt,
+        )
 
     @classmethod
     def of(cls, context: click.Context) -> "Settings":
@@ -82,4 +101,5 @@ def global_options() -> Iterable[click.Option]:
         _option("--max-log", type=Size(), help="Policy: log of one build (default: 64M)."),
         _option("--max-processes", type=count, help="Policy: processes of one build (default: 4096)."),
         _option("--max-wall", type=Duration(), help="Policy: the longest a build may take (default: 6h)."),
+        _option("--salt", metavar="TEXT", help="Policy: another salt is another cache of results."),
     )
