@@ -32,12 +32,12 @@ from kiln.build.events import (
     Usage,
 )
 from kiln.build.model import BuildOptions, BuildRequest
-from kiln.build.service import BuildService
+from kiln.build.service import BuildService, Capabilities
 from kiln.builders.cached import Keys
 from kiln.builders.errors import BeyondHead, BuildAmbiguous, BuildNotFound, HostClosing, PageInvalid, RunsElsewhere
 from kiln.builders.host import Host
 from kiln.castore.local.store import LocalStore
-from kiln.castore.model import Digest, Directory, DirectoryNode, FileNode
+from kiln.castore.model import Digest, Directory, FileNode
 
 OPTIONS = BuildOptions()
 Hosting = Callable[..., Host]
@@ -55,7 +55,7 @@ async def log_of(host: Host, build_id: str, **how: Any) -> bytes:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    while not condition():
+    while not condition():  # noqa: ASYNC110  Nothing tells when a counter changes.
         await asyncio.sleep(0.005)
 
 
@@ -381,9 +381,7 @@ async def test_a_silent_build_has_a_heartbeat_with_the_head(
                     break
 
 
-async def test_attempts_are_counted_and_phases_timed(
-    hosting: Hosting, scripted: Scripted, a_request: Requests
-) -> None:
+async def test_attempts_are_counted_and_phases_timed(hosting: Hosting, scripted: Scripted, a_request: Requests) -> None:
     async def twice(_request: BuildRequest, _options: BuildOptions, emit: Emit[BuildEvent]) -> None:
         await emit(Phase(PhaseKind.STAGE))
         await emit(AttemptEnded(Failure(Reason.INFRASTRUCTURE, "lost", Retry.ELSEWHERE)))
@@ -418,7 +416,7 @@ async def test_positions_beyond_the_head_and_unknown_ids_are_refused(
         await watched(host, other)
         assert (await host.get(build_id[:-1])).build_id in {build_id, other}
         with pytest.raises(BuildAmbiguous):
-            await host.get(os.path.commonprefix([build_id, other]))
+            await host.get(build_id[:1])  # Of the time, and both are of this century.
 
 
 async def test_the_same_token_and_request_are_the_same_build(
@@ -446,7 +444,7 @@ async def test_list_is_newest_first_paged_and_filtered(
             seen += [info.build_id for info in infos]
             if not page:
                 break
-        assert seen == sorted(running, reverse=True) or sorted(seen) == sorted(running)
+        assert seen == running[::-1]
         odd, _ = await host.list(labels={"n": "1"})
         assert {info.build_id for info in odd} == {running[1], running[3], running[5]}
         assert len((await host.list(running_only=True))[0]) == 7
@@ -467,12 +465,17 @@ async def test_find_missing_names_what_is_lacking_also_below(
 ) -> None:
     absent, there = Digest(bytes(32)), (await store.add_blob(b"x")).digest
     async with hosting(scripted()) as host:
-        assert await host.find_missing(blobs=[absent, there], directories=[absent]) == ({absent}, {absent})
+        assert await host.find_missing(blobs=[absent, there], directories=[absent]) == (
+            frozenset({absent}),
+            frozenset({absent}),
+        )
         directory = Directory(((b"a", FileNode(absent, 1)), (b"b", FileNode(there, 1))))
         root = await store.directories.put([directory])
         assert await host.find_missing(blobs=[], directories=[root]) == (frozenset(), frozenset())
-        assert await host.find_missing(blobs=[], directories=[root], closure=True) == ({absent}, frozenset())
-    assert DirectoryNode(root, 2)
+        assert await host.find_missing(blobs=[], directories=[root], closure=True) == (
+            frozenset({absent}),
+            frozenset(),
+        )
 
 
 async def test_another_process_can_follow_but_not_cancel(
@@ -496,7 +499,7 @@ async def test_another_process_can_follow_but_not_cancel(
 
 
 async def test_a_full_disk_ends_the_build_and_followers_still_hear_of_it(
-    hosting: Hosting, scripted: Scripted, a_request: Requests, store: LocalStore, monkeypatch: pytest.MonkeyPatch
+    hosting: Hosting, scripted: Scripted, a_request: Requests, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     builder = scripted()
     async with hosting(builder) as host:
@@ -515,17 +518,14 @@ async def test_a_full_disk_ends_the_build_and_followers_still_hear_of_it(
         assert builder.running == 0
         info = await host.get(build_id)
         assert info.last == events[-1]
-        del store
 
 
-async def test_ten_thousand_builds_wait_with_no_descriptor_each(
-    hosting: Hosting, scripted: Scripted, a_request: Requests, gate: asyncio.Event
+async def test_builds_that_wait_hold_no_descriptor_each(
+    hosting: Hosting, a_request: Requests, gate: asyncio.Event
 ) -> None:
-    async with hosting(scripted(blocked(gate))) as host:
+    async with hosting(BlockedBuilder(gate)) as host:
         before = len(os.listdir("/proc/self/fd"))
-        waiting = BlockedBuilder(gate)
-        host._inner = waiting
-        for _ in range(2000):
+        for _ in range(1000):
             await host.submit(a_request(), OPTIONS)
         assert len(os.listdir("/proc/self/fd")) - before < 10
         gate.set()
@@ -537,6 +537,9 @@ class BlockedBuilder(BuildService):
 
     def __init__(self, gate: asyncio.Event) -> None:
         self._gate = gate
+
+    async def capabilities(self) -> Capabilities:
+        return Capabilities()
 
     @contextlib.asynccontextmanager
     async def build(self, _request: BuildRequest, _options: BuildOptions) -> AsyncIterator[AsyncIterator[BuildEvent]]:
