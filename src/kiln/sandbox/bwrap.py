@@ -14,6 +14,7 @@ from contextlib import contextmanager
 
 from kiln.sandbox import mounts
 from kiln.sandbox.errors import RuntimeMissing
+from kiln.sandbox.host import TUNNEL
 from kiln.sandbox.launcher import Companion, Order, memory_file
 from kiln.sandbox.plan import (
     BUILD_GID,
@@ -32,7 +33,6 @@ from kiln.sandbox.seccomp import filter_program
 from kiln.sandbox.uids import Identity
 
 _STDIN, _STDOUT, _STDERR, _ARGS, _SECCOMP, _PAUSE, _STATUS = 0, 1, 2, 10, 11, 12, 13
-_TUN = "/dev/net/tun"
 _PAUSE_FILE = ".kiln-pause"
 _ARGUMENTS_MAX = 9000  # MAX_ARGS of bubblewrap.c.
 _OLDEST = (0, 8)  # The first with --disable-userns.
@@ -145,7 +145,7 @@ class Bwrap(Runtime):
             return []
         assert self._network_helper is not None, "a private network is planned only where a helper is"
         # On most hosts anybody may open the tunnel device; where only root may, slirp4netns shuts itself in instead.
-        confined = not os.stat(_TUN).st_mode & 0o002
+        confined = not os.stat(TUNNEL).st_mode & 0o002
         options = ("--enable-sandbox", "--enable-seccomp") if confined else ()
         argv = (
             self._network_helper, "--configure", "--mtu=65520", "--disable-host-loopback", *options,

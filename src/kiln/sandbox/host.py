@@ -20,6 +20,7 @@ _CA_BUNDLES = (
 _CA_BUNDLE_INSIDE = "etc/ssl/certs/ca-certificates.crt"
 _SLIRP_RESOLVER = b"nameserver 10.0.2.3\n"  # slirp4netns(1): its built-in DNS.
 _RUNS_32_BIT = {"x86_64": "i686-linux"}
+TUNNEL = "/dev/net/tun"
 _BINFMT = "/proc/sys/fs/binfmt_misc"
 
 
@@ -88,7 +89,7 @@ def detect_host() -> Host:
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         cpu_numbers=tuple(sorted(os.sched_getaffinity(0))),
         hierarchies=hierarchies,
-        network_helper=shutil.which("slirp4netns"),
+        network_helper=shutil.which("slirp4netns") if os.access(TUNNEL, os.R_OK | os.W_OK) else None,
         weaker=weaker,
     )
 
