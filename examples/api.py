@@ -1,12 +1,14 @@
 """kiln from Python: a builder over a store, a build, its events, and an output read back.
 
-    python examples/api.py STORE [WORD]
+python examples/api.py STORE [WORD]
 """
+
+# ruff: noqa: INP001, T201  An example prints, and is no package.
 
 import asyncio
 import sys
 
-from kiln.build.events import Failure, Finished, Log, Phase
+from kiln.build.events import Failure, Finished, Log, Phase, Success
 from kiln.build.model import BuildOptions, BuildRequest, Constraints
 from kiln.castore.castore import read_whole
 from kiln.castore.local.store import LocalStore
@@ -39,7 +41,7 @@ async def shout(store: LocalStore, word: str) -> bytes:
                         print(f"log: {data!r}", file=sys.stderr)
                     case Finished(verdict=Failure() as failure):  # A result, not an exception.
                         raise SystemExit(f"{failure.reason.name.lower()}: {failure.message}")
-                    case Finished(verdict=success):
+                    case Finished(verdict=Success() as success):
                         output = success.outputs[0].node
     assert isinstance(output, FileNode)
     return await read_whole(store.blobs, output.digest, bytes_max=1 << 20)

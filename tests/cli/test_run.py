@@ -246,3 +246,12 @@ def test_a_closed_pipe_is_no_bug(kiln: Run, store: Path, tmp_path: Path) -> None
     assert process.stderr.read() == b""
     process.stderr.close()
     assert process.wait() == 141  # 128 + SIGPIPE
+
+
+def test_a_shell_enters_what_a_failed_build_left(kiln: Run, kiln_process: Run) -> None:
+    failed = json.loads(kiln("--json", *script("echo left > note; exit 3")).text)["build_id"]
+    inside = kiln_process("shell", failed, stdin=b"pwd; cat note; exit 7\n")
+    assert (inside.code, inside.text) == (7, "/build\nleft\n")
+    succeeded = json.loads(kiln("--json", *script("true")).text)["build_id"]
+    assert kiln("shell", succeeded).code == 4
+    assert kiln("shell", "zzzz").code == 4

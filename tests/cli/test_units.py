@@ -16,7 +16,7 @@ def test_times(text: str, seconds: float) -> None:
     assert Duration().convert(text, None, None) == seconds
 
 
-@pytest.mark.parametrize("text", ["", "-1", "1.5", "1KB", "K", "0x10", "١"])
+@pytest.mark.parametrize("text", ["", "-1", "1.5", "1KB", "K", "0x10", "\u0661"])
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(click.BadParameter):
         Size().convert(text, None, None)

@@ -9,13 +9,17 @@ class PipeClosed(Exception):  # noqa: N818  Not an error: whoever reads our resu
 
 
 def run_async(main: Coroutine[object, object, int]) -> int:
-    """Run `main` to its end; an exception that comes alone in a group comes as itself."""
+    """Run `main` to its end; of a group of exceptions, the first is raised as itself."""
     try:
         return asyncio.run(main)
     except BrokenPipeError as error:
         raise PipeClosed from error
     except BaseExceptionGroup as group:
-        error: BaseException = group
-        while isinstance(error, BaseExceptionGroup):
-            error = error.exceptions[0]
-        raise (PipeClosed() if isinstance(error, BrokenPipeError) else error) from group
+        first = _first(group)
+        raise (PipeClosed() if isinstance(first, BrokenPipeError) else first) from group
+
+
+def _first(error: BaseException) -> BaseException:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from kiln.build.service import BuildHost
+from kiln.builders.sandboxed import SandboxedBuilder
 from kiln.castore.castore import Castore
 from kiln.castore.closure import copy_closure
 from kiln.castore.model import DirectoryNode, FileNode, Node
@@ -17,11 +18,15 @@ from kiln.server.compose import composed, parse_builder
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """A host, the store of this command, and the castore that the host builds from where that is another."""
+    """A host, the store of this command, and the castore that the host builds from where that is another.
+
+    `sandbox` is there where builds run in this process.
+    """
 
     host: BuildHost
     store: OpenStore
     far: Castore | None = None
+    sandbox: SandboxedBuilder | None = None
 
     async def system(self) -> str:
         """The builder's own system; this host's where it has none, for the builder to refuse."""
@@ -56,4 +61,4 @@ async def opened_session(settings: Settings) -> AsyncIterator[Session]:
         if store.elsewhere and builder.scheme not in CHANNEL_OPTIONS:
             raise UrlInvalid(settings.store, "a builder here needs a store on disk, as in local:///var/lib/kiln")
         async with composed(config, store.local) as composition:
-            yield Session(composition.host, store, composition.far)
+            yield Session(composition.host, store, composition.far, composition.sandbox)
