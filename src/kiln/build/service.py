@@ -99,3 +99,6 @@ class BuildHost(Protocol):
 
     async def capabilities(self) -> Capabilities:
         """What can be asked of this host now."""
+
+    async def close(self, *, cancel: bool, why: str = "") -> None:
+        """Take no more builds, and return once those there are have ended; with `cancel`, end them."""
