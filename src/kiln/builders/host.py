@@ -131,7 +131,8 @@ class Host(BuildHost):
         if cancel:
             for build in list(self._builds.values()):
                 self._begin_cancel(build, Cancelling("kiln", why))
-        await asyncio.gather(*self._tasks)
+        while self._tasks:  # Builds, and then the removal of their directories.
+            await asyncio.gather(*self._tasks)
 
     async def submit(self, request: BuildRequest, options: BuildOptions, *, client_token: str = "") -> str:
         if self._closing:
@@ -349,7 +350,13 @@ class Host(BuildHost):
             live.end_unwritten(finished)
             return
         del self._builds[live.build_id]
-        if _clear(live.directory):
+        # Nobody waits for it: removing a directory takes half a millisecond.
+        clearing = asyncio.create_task(self._clear(live.directory))
+        self._tasks.add(clearing)
+        clearing.add_done_callback(self._tasks.discard)
+
+    async def _clear(self, directory: str) -> None:
+        if await asyncio.to_thread(_clear, directory):
             self._one_more_kept.set()
 
     async def _keep_log(self, live: Live) -> FileNode:
@@ -450,7 +457,8 @@ class Host(BuildHost):
 def _clear(directory: str) -> bool:
     """Remove what the host has in a build's directory; returns whether it is a kept failure.
 
-    The rest is the backend's: a kept failure stays, and so does the scratch of a run that others still share.
+    The rest is the backend's: a kept failure stays, and so does the scratch of a run that others still share, whose
+    backend, once it took that away, finds no journal and removes the rest.
     """
     is_kept = os.path.lexists(f"{directory}/kept")
     for name in (JOURNAL, LOG):

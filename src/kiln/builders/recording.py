@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import replace
 
 from kiln.build.events import (
+    Accepted,
     Assigned,
     AttemptEnded,
     BuilderInfo,
@@ -19,6 +20,7 @@ from kiln.build.events import (
     PassingEvent,
     Phase,
     PhaseSpan,
+    Queued,
     RecordedEvent,
 )
 from kiln.builders.errors import BuildNotFound, OwnerGone
@@ -96,6 +98,7 @@ class Live(Recording):
         self._began_s = monotonic_s()
         self._attempt = 1
         self._spans: list[PhaseSpan] = []
+        self._journal: int | None = None
         self._journal_bytes = 0
         self._sealed: bytes | None = None
         self._log: int | None = None
@@ -151,7 +154,7 @@ class Live(Recording):
             self.log_truncated |= body.kind == "LOG_TRUNCATED"
         event = self._event(body, elapsed_us)
         start = self._journal_bytes
-        self._append(encode_record(event))
+        self._append(encode_record(event), waits=isinstance(body, Accepted | Queued))
         if isinstance(body, AttemptEnded):
             self._attempt += 1
         log_bytes = len(body.data) if isinstance(body, Log) else 0
@@ -170,19 +173,18 @@ class Live(Recording):
 
     def seal(self, log_path: str) -> bytes:
         """The whole journal, kept in memory for those still reading; the log is at `log_path` from now on."""
-        self._sealed = self._read_file(0, self._journal_bytes)
+        self._sealed = self._read_journal(0, self._journal_bytes)
         self._log_path = log_path
-        if self._log is not None:
-            os.close(self._log)
-            self._log = None
+        for descriptor in (self._journal, self._log):
+            if descriptor is not None:
+                os.close(descriptor)
+        self._journal = self._log = None
         return self._sealed
 
     def read(self, position: int) -> Sequence[Record]:
         if self._recent and position >= self._recent[0].start:
             return [record for record in self._recent if record.start >= position]
-        if self._sealed is not None:
-            return _records(lambda offset, size: self._sealed[offset : offset + size], position)  # type: ignore[index]
-        return _records(self._read_file, position)
+        return _records(self._read_journal, position)
 
     def read_log(self, offset: int, size: int) -> bytes:
         if offset >= self._log_bytes:
@@ -218,17 +220,20 @@ class Live(Recording):
         self._pulse.set()
         self._pulse = asyncio.Event()
 
-    def _append(self, record: bytes) -> None:
-        # Opened each time, so that a build that waits costs no descriptor.
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-        journal = os.open(f"{self.directory}/{JOURNAL}", flags, 0o600)
+    def _append(self, record: bytes, *, waits: bool) -> None:
+        """Write one record. A build that waits holds no descriptor: there may be thousands."""
+        if self._journal is None:
+            flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+            self._journal = os.open(f"{self.directory}/{JOURNAL}", flags, 0o600)
         try:
-            write_all(journal, record)
+            write_all(self._journal, record)
         except OSError:
-            os.ftruncate(journal, self._journal_bytes)  # Half a record would hide all that follow.
+            os.ftruncate(self._journal, self._journal_bytes)  # Half a record would hide all that follow.
             raise
         finally:
-            os.close(journal)
+            if waits:
+                os.close(self._journal)
+                self._journal = None
         self._journal_bytes += len(record)
 
     def _append_log(self, data: bytes) -> None:
@@ -241,7 +246,11 @@ class Live(Recording):
             raise
         self._log_bytes += len(data)
 
-    def _read_file(self, offset: int, size: int) -> bytes:
+    def _read_journal(self, offset: int, size: int) -> bytes:
+        if self._sealed is not None:
+            return self._sealed[offset : offset + size]
+        if self._journal is not None:
+            return os.pread(self._journal, size, offset)
         return _read_range(f"{self.directory}/{JOURNAL}", offset, size)
 
 

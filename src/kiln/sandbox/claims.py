@@ -9,7 +9,7 @@ import fcntl
 import os
 import secrets
 from collections.abc import Iterator
-from errno import EMLINK, ENOTEMPTY
+from errno import EMLINK, ENOENT, ENOTEMPTY
 
 from kiln.castore.dirfd import DIRECTORY
 from kiln.castore.local.store import LocalStore
@@ -65,13 +65,13 @@ class Claims:
 
 
 def release(directory: str) -> None:
-    """Make the directory nobody's; it goes, unless something was left in it on purpose."""
+    """Make the directory nobody's; it goes, unless something was left in it on purpose. Gone already is fine."""
     with contextlib.suppress(FileNotFoundError):
         os.unlink(f"{directory}/{_LOCK}")
     try:
         os.rmdir(directory)
     except OSError as error:
-        if error.errno != ENOTEMPTY:
+        if error.errno not in {ENOTEMPTY, ENOENT}:
             raise
 
 
