@@ -1,0 +1,1 @@
+"""What kiln costs, beside its peers in the same run: `./dev bench`."""
