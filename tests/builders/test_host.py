@@ -55,7 +55,7 @@ async def log_of(host: Host, build_id: str, **how: Any) -> bytes:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    while not condition():  # noqa: ASYNC110  Nothing tells when a counter changes.
+    while not condition():
         await asyncio.sleep(0.005)
 
 
@@ -518,6 +518,23 @@ async def test_a_full_disk_ends_the_build_and_followers_still_hear_of_it(
         assert builder.running == 0
         info = await host.get(build_id)
         assert info.last == events[-1]
+
+
+async def test_half_a_record_on_a_full_disk_hides_nothing_that_follows(
+    hosting: Hosting, scripted: Scripted, a_request: Requests, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with hosting(scripted()) as host:
+
+        def full(descriptor: int, data: bytes) -> None:
+            monkeypatch.undo()
+            os.write(descriptor, data[: len(data) // 2])
+            raise OSError(28, "No space left on device")
+
+        build_id = await host.submit(a_request(), OPTIONS)
+        monkeypatch.setattr("kiln.builders.recording.write_all", full)
+        events = await watched(host, build_id)
+        assert [type(event.body) for event in events] == [Accepted, Finished]
+        assert await watched(host, build_id) == events, "from the archive"
 
 
 async def test_builds_that_wait_hold_no_descriptor_each(

@@ -316,6 +316,8 @@ async def test_a_merged_build_outlives_the_one_it_was_merged_into(store: LocalSt
         async for _ in host.read_log(merged, follow=True):
             break
         await host.cancel(leader, by="ann")
+        await asyncio.sleep(0.05)
+        assert is_held(f"{store.builds_dir}/{leader}"), "its scratch is still in use"
         events = await watched(host, merged)
         assert isinstance(events[-1].body, Finished)
         assert isinstance(events[-1].body.verdict, Success)
