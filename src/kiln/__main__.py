@@ -10,9 +10,12 @@ def main() -> int:
     if sys.argv[1:2] == ["--version"]:
         sys.stdout.write(f"kiln {__version__}\n")
         return 0
-    from kiln.cli.main import run  # noqa: PLC0415  Importing click alone takes longer than `--version` may.
+    try:
+        from kiln.cli.main import run  # noqa: PLC0415  Importing click alone takes longer than `--version` may.
 
-    return run(sys.argv[1:])
+        return run(sys.argv[1:])
+    except KeyboardInterrupt:  # So early that nothing has begun.
+        return 130
 
 
 if __name__ == "__main__":

@@ -78,6 +78,7 @@ def test_a_failure_says_why_and_how_to_go_on(kiln: Run) -> None:
         (["-i", 'x={"directory": {"digest": "' + "A" * 43 + '=", "size": 3}}'], "true", 4, "missing_input"),
         (["--strict", "-o", "build/b", "-o", "build/a"], "touch a b", 3, "outputs"),
         (["-e", "=x"], "true", 3, "environment_vars"),
+        (["-i", "n" * 256 + '={"symlink": {"target": "eA=="}}'], "true", 3, "inputs[0]"),
         (["--events", "/nonexistent/events"], "true", 4, "/nonexistent/events"),
     ],
 )

@@ -31,17 +31,16 @@ async def build(
         check_outputs_sorted(request)
     options = running.build_options(memory=request.constraints.min_memory)
     await session.offer(node for _, node in request.inputs)
-    with EventsFile(settings.events) as events:
-        with shown() as view:
-            follower = Follower(view, echo=events.write)
-            build_id = await session.host.submit(request, options)
-            finished = await follow_and_cancel(follower, session.host, build_id, view, interrupts)
-        if isinstance(finished.verdict, Success):
-            await session.fetch(output.node for output in finished.verdict.outputs)
-            if running.export is not None:
-                await _export(request, finished.verdict, running.export, session)
+    with EventsFile(settings.events) as events, shown() as view:
+        follower = Follower(view, echo=events.write)
+        build_id = await session.host.submit(request, options)
+        finished = await follow_and_cancel(follower, session.host, build_id, view, interrupts)
     for line in verdict_lines(build_id, finished, follower.tail):
         click.echo(line, err=True)
+    if isinstance(finished.verdict, Success):
+        await session.fetch(output.node for output in finished.verdict.outputs)
+        if running.export is not None:
+            await _export(request, finished.verdict, running.export, session)
     if settings.json:
         click.echo(json.dumps(result_json(build_id, request, finished)))
     elif isinstance(finished.verdict, Success):

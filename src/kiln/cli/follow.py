@@ -22,7 +22,7 @@ from kiln.build.events import (
 from kiln.build.service import BuildHost
 from kiln.build.wire_json import event_to_json
 from kiln.cli.interrupts import Interrupts
-from kiln.cli.sanitize import Lines, log_line, one_line
+from kiln.cli.sanitize import Lines, log_text, one_line
 from kiln.cli.view import PHASES, WAITS, View
 from kiln.errors import Denied, KilnError, Unavailable
 
@@ -87,10 +87,11 @@ class Follower:
             case Finished():
                 self._log(self._lines.end())
 
-    def _log(self, lines: list[bytes]) -> None:
-        shown = [log_line(line, colour=self._view.colour) for line in lines]
-        self.tail.extend(shown)
-        self._view.log(shown)
+    def _log(self, lines: bytes) -> None:
+        if lines:
+            text = log_text(lines, colour=self._view.colour)
+            self.tail.extend(text[:-1].rsplit("\n", TAIL_LINES)[-TAIL_LINES:])
+            self._view.log(text)
 
 
 class EventsFile:

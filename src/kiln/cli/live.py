@@ -1,13 +1,13 @@
 """The view for a terminal: a line for each running build, redrawn in place, and the log scrolling above."""
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self, TextIO
 
-from rich.console import Console, Group
+from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.live import Live
+from rich.segment import Segment
 from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
@@ -22,6 +22,16 @@ class _Build:
     started_s: float
     state: str
     spinner: Spinner
+
+
+@dataclass(frozen=True, slots=True)
+class _AsItIs:
+    """Text that rich need not understand: parsing and wrapping a long log would take minutes."""
+
+    text: str
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield Segment(self.text)
 
 
 class LiveView(View):
@@ -50,10 +60,9 @@ class LiveView(View):
     ) -> None:
         self._live.stop()
 
-    def log(self, lines: Sequence[str]) -> None:
-        if lines:
-            self._last = Text.from_ansi(lines[-1]).plain
-            self._print("\n".join(lines))
+    def log(self, text: str) -> None:
+        self._last = Text.from_ansi(text[:-1].rpartition("\n")[2]).plain
+        self._print(text)
 
     def state(self, build_id: str, text: str) -> None:
         build = self._builds.setdefault(build_id, _Build(time.monotonic(), text, Spinner("dots")))
@@ -63,10 +72,10 @@ class LiveView(View):
         self._builds.pop(build_id, None)
 
     def say(self, text: str) -> None:
-        self._print(f"kiln: {text}")
+        self._print(f"kiln: {text}\n")
 
     def _print(self, text: str) -> None:
-        self._console.print(Text.from_ansi(text), soft_wrap=True)
+        self._console.print(_AsItIs(text), soft_wrap=True)
 
     def _drawn(self) -> Group:
         table = Table.grid(padding=(0, 1))

@@ -8,7 +8,7 @@ from kiln.aio import closing
 from kiln.cli import exits
 from kiln.cli.asyncs import run_async
 from kiln.cli.command import kiln_command
-from kiln.cli.sanitize import Lines, log_line
+from kiln.cli.sanitize import Lines, log_text
 from kiln.cli.session import opened_session
 from kiln.cli.settings import Settings
 
@@ -24,19 +24,13 @@ def command(context: click.Context, build_id: str, follow: bool, raw: bool) -> i
     colour = sys.stdout.isatty()
     out = sys.stdout.buffer
 
-    def write(lines: list[bytes]) -> None:
-        out.write("".join(log_line(line, colour=colour) + "\n" for line in lines).encode("utf-8", "backslashreplace"))
-
     async def main() -> int:
         lines = Lines()
         async with opened_session(settings) as session, closing(session.host.read_log(build_id, follow=follow)) as log:
             async for _, data in log:
-                if raw:
-                    out.write(data)
-                else:
-                    write(lines.feed(data))
+                out.write(data if raw else log_text(lines.feed(data), colour=colour).encode())
                 out.flush()
-        write(lines.end())
+        out.write(log_text(lines.end(), colour=colour).encode())
         out.flush()
         return exits.OK
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from kiln.build.events import Event, Failure, Finished, MissingDetail, Sample, Success, UnmetDetail
+from kiln.build.events import Event, Failure, Finished, MissingDetail, Reason, Sample, Success, UnmetDetail
 from kiln.build.model import BuildRequest
 from kiln.build.wire_json import entry_to_json, event_to_json, failure_to_json
 from kiln.cli import exits
@@ -54,6 +54,8 @@ def verdict_lines(build_id: str, finished: Finished, tail: Sequence[str]) -> lis
             if usage.memory_peak:
                 measured.append(f"{shown_size(usage.memory_peak)} of memory at most")
             return [f"kiln: build {build_id} succeeded in {', '.join(measured)}"]
+        case Failure(reason=Reason.CANCELLED, message=message):
+            return [f"kiln: build {build_id} ended early: {one_line(message)}"]
         case Failure() as failure:
             reason = failure.reason.name.lower()
             lines = [f"kiln: build {build_id} failed ({reason}): {one_line(failure.message)}"]

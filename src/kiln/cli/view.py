@@ -1,7 +1,7 @@
 """What a person sees of a running build, on stderr."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol, TextIO
 
@@ -27,13 +27,13 @@ WAITS = {
 
 
 class View(Protocol):
-    """Takes text that is harmless for a terminal, whole lines without their newlines."""
+    """Takes text that is harmless for a terminal."""
 
     colour: bool
     """Whether log lines may bring colours."""
 
-    def log(self, lines: Sequence[str]) -> None:
-        """Lines that the build wrote."""
+    def log(self, text: str) -> None:
+        """Lines that the build wrote, each with its newline."""
 
     def state(self, build_id: str, text: str) -> None:
         """What a build is doing now."""
@@ -53,8 +53,8 @@ class PlainView(View):
         self._stream = stream
         self._states: dict[str, str] = {}
 
-    def log(self, lines: Sequence[str]) -> None:
-        self._stream.write("".join(line + "\n" for line in lines))
+    def log(self, text: str) -> None:
+        self._stream.write(text)
         self._stream.flush()
 
     def state(self, build_id: str, text: str) -> None:
@@ -67,7 +67,7 @@ class PlainView(View):
         self._states.pop(build_id, None)
 
     def say(self, text: str) -> None:
-        self.log([f"kiln: {text}"])
+        self.log(f"kiln: {text}\n")
 
 
 @contextmanager
