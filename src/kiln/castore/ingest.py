@@ -22,7 +22,7 @@ from kiln.castore.wire import directory_entry, file_entry, symlink_entry
 from kiln.errors import KilnError
 
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC  # A fifo must not hang the open.
-_CHUNK_BYTES = 1 << 20  # Fastest of 64 KiB, 1 MiB and mmap (measurements.md 3).
+_CHUNK_BYTES = 1 << 20  # Fastest of 64 KiB, 1 MiB and mmap.
 _KINDS = {
     stat.S_IFIFO: "a fifo",
     stat.S_IFSOCK: "a socket",

@@ -1,4 +1,4 @@
-"""Worker processes that walk parts of a large tree: Python's threads do not help there (measurements.md 3).
+"""Worker processes that walk parts of a large tree: Python's threads do not help there.
 
 They are started as fresh interpreters (never forked: the parent may run gRPC's threads), once a walk has seen enough
 files to be worth it. Both sides speak marshal, each message after its length, over the worker's stdin and stdout.

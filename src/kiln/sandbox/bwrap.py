@@ -14,8 +14,8 @@ from contextlib import contextmanager
 
 from kiln.sandbox import mounts
 from kiln.sandbox.errors import RuntimeMissing
-from kiln.sandbox.host import TUNNEL
-from kiln.sandbox.launcher import Companion, Order, memory_file
+from kiln.sandbox.launcher import Order, memory_file
+from kiln.sandbox.network import NetworkHelper
 from kiln.sandbox.plan import (
     BUILD_GID,
     BUILD_UID,
@@ -100,7 +100,7 @@ def _bind(mount: Mount, sources: Sources) -> list[object]:
 class Bwrap(Runtime):
     """bubblewrap, by the path of its program."""
 
-    def __init__(self, program: str, network_helper: str | None = None) -> None:
+    def __init__(self, program: str, network_helper: NetworkHelper | None = None) -> None:
         self._program = program
         self._network_helper = network_helper
         version = _version_of(program)
@@ -115,6 +115,7 @@ class Bwrap(Runtime):
     @contextmanager
     def order(self, plan: RootPlan, sources: Sources, identity: Identity | None, streams: Streams) -> Iterator[Order]:
         options = bwrap_options(plan, terminal=streams.terminal)
+        private = plan.network is Network.PRIVATE
         persona = mounts.ADDR_NO_RANDOMIZE | (mounts.PER_LINUX32 if plan.is_32_bit else 0)
         with (
             memory_file("bwrap-args", b"".join(os.fsencode(word) + b"\0" for word in options)) as arguments,
@@ -136,22 +137,9 @@ class Bwrap(Runtime):
                 pause_contents="-",
                 attach=attachments(plan, sources),
                 personality=persona,
-                companions=self._companions(plan),
+                companions=[self._network_helper.companion] if private and self._network_helper else [],
                 terminal=streams.terminal,
             )
-
-    def _companions(self, plan: RootPlan) -> list[Companion]:
-        if plan.network is not Network.PRIVATE:
-            return []
-        assert self._network_helper is not None, "a private network is planned only where a helper is"
-        # On most hosts anybody may open the tunnel device; where only root may, slirp4netns shuts itself in instead.
-        confined = not os.stat(TUNNEL).st_mode & 0o002
-        options = ("--enable-sandbox", "--enable-seccomp") if confined else ()
-        argv = (
-            self._network_helper, "--configure", "--mtu=65520", "--disable-host-loopback", *options,
-            "--ready-fd={ready}", "{pid}", "tap0",
-        )  # fmt: skip
-        return [Companion(argv, as_launcher=confined)]
 
 
 def _version_of(program: str) -> str:

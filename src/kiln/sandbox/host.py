@@ -3,13 +3,13 @@
 import contextlib
 import os
 import platform
-import shutil
 import socket
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from kiln.sandbox import cgroups
+from kiln.sandbox.network import NetworkHelper, find_network_helper
 from kiln.sandbox.plan import Network
 
 _CA_BUNDLES = (
@@ -18,9 +18,7 @@ _CA_BUNDLES = (
     "/etc/ssl/ca-bundle.pem",  # openSUSE
 )
 _CA_BUNDLE_INSIDE = "etc/ssl/certs/ca-certificates.crt"
-_SLIRP_RESOLVER = b"nameserver 10.0.2.3\n"  # slirp4netns(1): its built-in DNS.
 _RUNS_32_BIT = {"x86_64": "i686-linux"}
-TUNNEL = "/dev/net/tun"
 _BINFMT = "/proc/sys/fs/binfmt_misc"
 
 
@@ -33,7 +31,7 @@ class Host:
     memory_bytes: int
     cpu_numbers: tuple[int, ...]
     hierarchies: cgroups.Hierarchies
-    network_helper: str | None
+    network_helper: NetworkHelper | None
     weaker: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -45,7 +43,7 @@ class Host:
         """How to resolve names and whom to trust, for a build with the network."""
         found = []
         if self.network_helper:
-            found.append(("etc/resolv.conf", _SLIRP_RESOLVER))
+            found.append(("etc/resolv.conf", self.network_helper.resolv_conf))
         else:
             with contextlib.suppress(OSError), open("/etc/resolv.conf", "rb") as file:
                 found.append(("etc/resolv.conf", file.read()))
@@ -89,7 +87,7 @@ def detect_host() -> Host:
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         cpu_numbers=tuple(sorted(os.sched_getaffinity(0))),
         hierarchies=hierarchies,
-        network_helper=shutil.which("slirp4netns") if os.access(TUNNEL, os.R_OK | os.W_OK) else None,
+        network_helper=find_network_helper(),
         weaker=weaker,
     )
 

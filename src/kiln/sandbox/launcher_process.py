@@ -246,10 +246,13 @@ class LauncherProcess:
                 word.replace("{pid}", str(build.init_pid)).replace("{ready}", str(ready_writer))
                 for word in companion["argv"]
             ]
+            ids = None if companion["as_launcher"] or not self.is_root else build.order
+            if ids is not None:  # Else it could not open it again by name, which is how pasta wants it.
+                os.fchown(ready_writer, ids["uid"], ids["gid"])
             pid = os.fork()
             if pid == 0:
                 os.set_inheritable(ready_writer, True)
-                _run_companion(argv, None if companion["as_launcher"] or not self.is_root else build.order)
+                _run_companion(argv, ids)
             os.close(ready_writer)
             build.companions.append(pid)
             with os.fdopen(ready, "rb") as reader:
@@ -314,9 +317,7 @@ def _become(order: Order, inherited: Mapping[int, int], trouble: int) -> None:
         if order["cpus"]:
             os.sched_setaffinity(0, order["cpus"])
         os.umask(0o022)
-        for number in range(1, signal.NSIG):  # Python ignores SIGPIPE; what is ignored stays so over execve.
-            with contextlib.suppress(OSError, ValueError):
-                signal.signal(number, signal.SIG_DFL)
+        _default_signals()
         if os.geteuid() == 0:
             os.setgroups([])
             os.setresgid(order["gid"], order["gid"], order["gid"])
@@ -327,6 +328,13 @@ def _become(order: Order, inherited: Mapping[int, int], trouble: int) -> None:
     except BaseException as error:  # noqa: BLE001  # Whatever it is, it must not run on as a second launcher.
         os.write(trouble, f"{order['argv'][0]}: {error}".encode(errors="replace"))
         os._exit(127)
+
+
+def _default_signals() -> None:
+    """Undo what Python and the launcher ignore (SIGPIPE and others): what is ignored stays so over execve."""
+    for number in range(1, signal.NSIG):
+        with contextlib.suppress(OSError, ValueError):
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _set_rlimit(which: int, soft: int, hard: int) -> None:
@@ -341,6 +349,7 @@ def _set_rlimit(which: int, soft: int, hard: int) -> None:
 def _run_companion(argv: list[str], ids: Order | None) -> None:
     """In the new process: take on the order's `uid` and `gid`, if one is given, and become the program."""
     try:
+        _default_signals()
         if ids is not None:
             os.setgroups([])
             os.setresgid(ids["gid"], ids["gid"], ids["gid"])
