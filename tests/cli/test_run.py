@@ -116,6 +116,13 @@ def test_a_request_can_be_printed_and_built(kiln: Run, tmp_path: Path) -> None:
     assert kiln("build", "-", stdin=printed.out).text == built.text
 
 
+def test_the_needles_of_an_output_are_named_by_their_index(kiln: Run) -> None:
+    request = json.loads(kiln("request", "--sh", "-o", "build/out", "--", "/bin/sh", "-c", "echo xbbx > out").out)
+    request["refscanNeedles"] = ["aa", "bb", "xb"]
+    result = kiln("build", "-", "--json", stdin=json.dumps(request).encode())
+    assert json.loads(result.text)["outputs"][0]["needles"] == [1, 2]
+
+
 @pytest.mark.parametrize(
     ("name", "contents", "code", "said"),
     [

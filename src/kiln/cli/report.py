@@ -14,7 +14,7 @@ _LISTED = 10  # Of what a failure is about, and then "and N more".
 
 
 def result_json(build_id: str, request: BuildRequest, finished: Finished) -> dict[str, object]:
-    """What `run --json` prints."""
+    """What `run --json` prints; `needles` are indexes into the request's, as in a BuildResponse."""
     result: dict[str, object] = {"build_id": build_id}
     match finished.verdict:
         case Success(outputs, cached):
@@ -23,7 +23,7 @@ def result_json(build_id: str, request: BuildRequest, finished: Finished) -> dic
                 {
                     "path": path,
                     "node": entry_to_json(b"", output.node),
-                    "needles": [request.refscan_needles[index] for index in output.needles],
+                    "needles": list(output.needles),
                 }
                 for path, output in zip(request.outputs, outputs, strict=True)
             ]
