@@ -204,6 +204,7 @@ def test_an_interrupt_cancels_and_leaves_nothing(kiln: Run, store: Path, number:
     os.killpg(process.pid, number)  # As a terminal does: to all processes of the group.
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err.decode()
+    assert b"ended early: cancelled by the command line" in err
     assert b"Traceback" not in err
     assert out == b""
     assert _running(marker) == []
