@@ -1,6 +1,6 @@
 """What can be wrong with a call to a host of builds."""
 
-from kiln.errors import Invalid, NotFound, OutOfRange, Precondition, Unavailable
+from kiln.errors import Exhausted, Invalid, NotFound, OutOfRange, Precondition, Unavailable
 
 
 class BuildNotFound(NotFound):
@@ -60,3 +60,11 @@ class HostClosing(Unavailable):
 
     def __init__(self) -> None:
         super().__init__("this kiln is shutting down and takes no new builds")
+
+
+class QueueFull(Exhausted):
+    """As many builds wait or run as the host takes."""
+
+    def __init__(self, builds_max: int) -> None:
+        super().__init__(f"{builds_max} builds wait or run here, which is all this kiln takes: submit again later")
+        self.builds_max = builds_max

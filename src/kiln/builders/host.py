@@ -39,6 +39,7 @@ from kiln.builders.errors import (
     BuildNotFound,
     HostClosing,
     PageInvalid,
+    QueueFull,
     RunsElsewhere,
 )
 from kiln.builders.journal import Archive, encode_archive
@@ -89,6 +90,7 @@ class Host(BuildHost):
         keys: Keys,
         *,
         kept_bytes_max: int = 10 << 30,
+        builds_max: int = 10_000,
         heartbeat_s: float = 15.0,
         time_s: Callable[[], float] = time.time,
         monotonic_s: Callable[[], float] = time.monotonic,
@@ -97,6 +99,7 @@ class Host(BuildHost):
         self._inner = inner
         self._store = store
         self._keys = keys
+        self._builds_max = builds_max
         self._heartbeat_s = heartbeat_s
         self._time_s = time_s
         self._monotonic_s = monotonic_s
@@ -140,6 +143,8 @@ class Host(BuildHost):
         digest = request_digest(request)
         if client_token and (known := self._tokens.get((client_token, digest))):
             return known
+        if len(self._builds) >= self._builds_max:
+            raise QueueFull(self._builds_max)
         created_s = self._time_s()
         name = new_build_id(int(created_s * 1000), self._random_bits(35))
         options = replace(options, build_id=name)
