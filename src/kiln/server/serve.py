@@ -98,8 +98,8 @@ async def serving(
             interceptors: list[grpc.aio.ServerInterceptor] = [KilnErrors(log), calls]
             if url.scheme == "https" and security.token_file is not None:
                 interceptors.insert(1, BearerToken(security.token_file))
-            options = (*SERVER_OPTIONS, ("grpc.max_concurrent_streams", calls_max))
-            server = grpc.aio.server(handlers=handlers, interceptors=interceptors, options=options)
+            # No bound on the streams of a connection: beyond it clients wait in silence, where `calls` tells them.
+            server = grpc.aio.server(handlers=handlers, interceptors=interceptors, options=SERVER_OPTIONS)
             health_pb2_grpc.add_HealthServicer_to_server(health, server)
             reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), server)
             binding = stack.enter_context(bound(server, url, security))
