@@ -122,9 +122,10 @@ class TestASocket:
             await served.kiln.Capabilities(build_pb2.CapabilitiesRequest())
 
     async def test_a_live_one_is_left_alone(self, serve_builds: ServeBuilds, tmp_path: Path) -> None:
-        server = await asyncio.start_unix_server(lambda _reader, _writer: None, tmp_path / "kiln.sock")
-        inode = (tmp_path / "kiln.sock").stat().st_ino
-        async with server:
+        with socket.socket(socket.AF_UNIX) as live:
+            live.bind(str(tmp_path / "kiln.sock"))
+            live.listen()
+            inode = (tmp_path / "kiln.sock").stat().st_ino
             with pytest.raises(CannotListen, match="answers there already"):
                 async with serve_builds():
                     pass
