@@ -3,7 +3,8 @@
 import dataclasses
 import os
 import shutil
-from collections.abc import AsyncIterator
+import tempfile
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -23,18 +24,19 @@ async def make_bench(tmp_path: Path) -> AsyncIterator[MakeBench]:
     """Makes builders with a policy of one's own; what they leave running or on disk at the end is an error."""
     made: list[Bench] = []
 
-    async def make(policy: Policy | None = None) -> Bench:
+    async def make(policy: Policy | None = None, program: str | None = None) -> Bench:
         bwrap, busybox = shutil.which("bwrap"), shutil.which("busybox")
         assert bwrap is not None, "bubblewrap is not installed: run ./dev setup"
         assert busybox is not None, "busybox-static is not installed: run ./dev setup"
         store = LocalStore.open(str(tmp_path / f"store{len(made)}"))
         shell = dataclasses.replace(await store.add_blob(Path(busybox).read_bytes()), executable=True)
         launcher = Launcher()
+        store_id = f"{tmp_path.name}{len(made)}"
         host = detect_host()
         policy = policy or Policy(memory_bytes=4 * GIB, keep_on_failure_s=0)
         uids = UidRange(lock_dir=str(tmp_path / "uids")) if os.geteuid() == 0 else None
         builder = SandboxedBuilder(
-            Bwrap(bwrap, host.network_helper),
+            Bwrap(program or bwrap, host.network_helper),
             store,
             launcher,
             policy,
@@ -42,9 +44,9 @@ async def make_bench(tmp_path: Path) -> AsyncIterator[MakeBench]:
             uids=uids,
             shell=shell,
             url="bwrap://",
-            store_id=tmp_path.name,
+            store_id=store_id,
         )
-        made.append(Bench(builder, store, launcher, host, policy, shell))
+        made.append(Bench(builder, store, launcher, host, policy, shell, store_id))
         return made[-1]
 
     yield make
@@ -58,3 +60,11 @@ async def make_bench(tmp_path: Path) -> AsyncIterator[MakeBench]:
 async def bench(make_bench: MakeBench) -> Bench:
     """A builder under the default policy."""
     return await make_bench()
+
+
+@pytest.fixture
+def reachable() -> Iterator[Path]:
+    """A directory that a build's uid can enter; pytest's own are closed to others."""
+    with tempfile.TemporaryDirectory() as path:
+        Path(path).chmod(0o755)
+        yield Path(path)

@@ -55,6 +55,7 @@ class Bench:
     host: Host
     policy: Policy
     shell: FileNode
+    store_id: str
 
     def request(self, script: str, **fields: object) -> BuildRequest:
         constraints = fields.pop("constraints", Constraints(system=self.host.systems[0], provide_bin_sh=True))

@@ -28,6 +28,7 @@ from kiln.build.events import (
 )
 from kiln.build.model import BuildOptions, Constraints
 from kiln.castore.model import Digest, DirectoryNode, FileNode, SymlinkNode
+from kiln.sandbox.cgroups import groups_of_store
 from kiln.sandbox.policy import GIB, MIB, Policy
 
 
@@ -412,7 +413,7 @@ class TestEnds:
         assert (await bench.run("echo fine")).log == "fine\n"
 
     async def test_two_at_a_time_do_not_see_each_other(self, bench: Bench) -> None:
-        script = "echo $$ > /tmp/mine; sleep 0.3; ls /tmp; ls -d /proc/[0-9]* | wc -l"
+        script = "echo $$ > /tmp/mine; sleep 0.3; ls /tmp; ls -d /proc/[0-9]* > list; wc -l < list"
         one, two = await asyncio.gather(bench.run(script), bench.run(script))
         assert one.log == two.log
 
@@ -502,3 +503,39 @@ def processes_with(token: str) -> list[str]:
         except OSError:
             continue
     return found
+
+
+class TestStart:
+    async def test_a_runtime_that_does_not_come_up_is_infrastructure_in_its_own_words(
+        self, make_bench: MakeBench, reachable: Path
+    ) -> None:
+        broken = reachable / "bwrap"
+        broken.write_text(
+            '#!/bin/sh\n[ "$1" = --version ] && echo bubblewrap 0.8.0 && exit\necho "bwrap: no room" >&2; exit 1\n'
+        )
+        broken.chmod(0o755)
+        bench = await make_bench(program=str(broken))
+        failure = (await bench.run("true")).failure
+        assert failure.reason is Reason.INFRASTRUCTURE
+        assert failure.retry is Retry.ELSEWHERE
+        assert "no room" in failure.message
+
+    async def test_a_program_that_cannot_be_executed_is_infrastructure(
+        self, make_bench: MakeBench, reachable: Path
+    ) -> None:
+        vanishing = reachable / "bwrap"
+        vanishing.write_text("#!/bin/sh\necho bubblewrap 0.8.0\n")
+        vanishing.chmod(0o755)
+        bench = await make_bench(program=str(vanishing))
+        vanishing.unlink()
+        failure = (await bench.run("true")).failure
+        assert failure.reason is Reason.INFRASTRUCTURE
+        assert "No such file" in failure.message
+
+    async def test_no_standby_process_or_group_outlives_its_builder(self, make_bench: MakeBench) -> None:
+        bench = await make_bench()
+        await bench.run("true")
+        assert groups_of_store(bench.host.hierarchies, bench.store_id) or not bench.host.hierarchies.enforced
+        await bench.builder.aclose()
+        await bench.launcher.close()
+        assert groups_of_store(bench.host.hierarchies, bench.store_id) == []

@@ -10,7 +10,6 @@ import errno
 import os
 import select
 import signal
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 _MOUNTS = "/proc/self/mountinfo"
@@ -127,6 +126,25 @@ class Group:
         """The files to which a process writes "0" to join."""
         return sorted({f"{directory}/cgroup.procs" for directory in self._directories.values()})
 
+    def limit(self, *, memory_bytes: int, processes: int, cpu_millis: int) -> None:
+        """Set its limits (`cpu_millis` 0: none). Raises OSError where the kernel refuses."""
+        if self._unified:
+            directory = self._directories[""]
+            _write(f"{directory}/memory.max", str(memory_bytes))
+            _write_if_there(f"{directory}/memory.swap.max", "0")
+            _write_if_there(f"{directory}/memory.oom.group", "1")
+            _write(f"{directory}/pids.max", str(processes))
+            if cpu_millis:
+                _write_if_there(f"{directory}/cpu.max", f"{cpu_millis * 100} 100000")
+            return
+        if memory := self._directories.get("memory"):
+            _write(f"{memory}/memory.limit_in_bytes", str(memory_bytes))
+            _write_if_there(f"{memory}/memory.memsw.limit_in_bytes", str(memory_bytes))
+        if pids := self._directories.get("pids"):
+            _write(f"{pids}/pids.max", str(processes))
+        if cpu_millis and (cpu := self._directories.get("cpu")):
+            _write(f"{cpu}/cpu.cfs_quota_us", str(cpu_millis * 100))
+
     def usage(self) -> GroupUsage:
         """What it counted so far."""
         if not self._directories:
@@ -141,58 +159,29 @@ class Group:
             remove_group(directory)
 
 
-def name_of(store_id: str, build_id: str) -> str:
-    """The group of a build: recognisable after a crash as this store's."""
-    return f"{_PREFIX}{store_id}-{build_id}"
+def make_group(hierarchies: Hierarchies, store_id: str, token: str, *, cpu: bool) -> Group:
+    """A new group without limits, recognisable after a crash as this store's. Raises OSError where the kernel refuses.
 
-
-def make_group(hierarchies: Hierarchies, name: str, *, memory_bytes: int, processes: int, cpu_millis: int) -> Group:
-    """A new group with these limits (`cpu_millis` 0: none). Raises OSError where the kernel refuses."""
+    With `cpu`, its CPU time can be limited, too: of v1's hierarchies that is one more for each process to join.
+    """
+    name = f"{_PREFIX}{store_id}-{token}"
     group = Group({}, unified=hierarchies.v2 is not None)
+    bases = {"": hierarchies.v2} if hierarchies.v2 is not None else dict(hierarchies.v1)
     try:
-        if hierarchies.v2 is not None:
-            group._directories[""] = directory = f"{hierarchies.v2}/{name}"
-            os.mkdir(directory)
-            _write(f"{directory}/memory.max", str(memory_bytes))
-            _write_if_there(f"{directory}/memory.swap.max", "0")
-            _write_if_there(f"{directory}/memory.oom.group", "1")
-            _write(f"{directory}/pids.max", str(processes))
-            if cpu_millis:
-                _write_if_there(f"{directory}/cpu.max", f"{cpu_millis * 100} 100000")
-            return group
-        for controller, base in hierarchies.v1:
-            if controller == "cpu" and not cpu_millis:
+        for controller, base in bases.items():
+            if controller == "cpu" and not cpu:
                 continue
             group._directories[controller] = directory = f"{base}/{name}"
             with contextlib.suppress(FileExistsError):  # Two controllers may share a hierarchy.
                 os.mkdir(directory)
-            if controller == "memory":
-                _write(f"{directory}/memory.limit_in_bytes", str(memory_bytes))
-                _write_if_there(f"{directory}/memory.memsw.limit_in_bytes", str(memory_bytes))
-            elif controller == "pids":
-                _write(f"{directory}/pids.max", str(processes))
-            elif controller == "cpu":
-                _write(f"{directory}/cpu.cfs_quota_us", str(cpu_millis * 100))
     except OSError:
         group.remove()
         raise
     return group
 
 
-@contextlib.contextmanager
-def group(
-    hierarchies: Hierarchies, name: str, *, memory_bytes: int, processes: int, cpu_millis: int
-) -> Iterator[Group]:
-    """A group for the block, removed with all that is left in it at the end."""
-    made = make_group(hierarchies, name, memory_bytes=memory_bytes, processes=processes, cpu_millis=cpu_millis)
-    try:
-        yield made
-    finally:
-        made.remove()
-
-
 def groups_of_store(hierarchies: Hierarchies, store_id: str) -> list[tuple[str, str]]:
-    """(build id, directory) of every group there is of this store's builds."""
+    """(token, directory) of every group there is of this store."""
     prefix = f"{_PREFIX}{store_id}-"
     found = []
     for base in {hierarchies.v2, *(base for _, base in hierarchies.v1)} - {None}:

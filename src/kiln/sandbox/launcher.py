@@ -43,7 +43,6 @@ class Order:
     pause_descriptor: int | None = None
     pause_contents: str = ""
     attach: Sequence[Sequence[object]] = ()
-    cgroups: Sequence[str] = ()
     rlimits: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     cpus: Sequence[int] = ()
     personality: int = 0
@@ -79,7 +78,7 @@ class Launch:
     def kill(self) -> None:
         """End all its processes; `ended` tells when that is done."""
         if not self.ended.done():
-            self._launcher.send({"kill": self._number}, [])
+            self._launcher.send({"order": "kill", "id": self._number}, [])
 
     def fail(self, error: Exception) -> None:
         """Both futures raise `error`; whoever waits for neither is not warned of that."""
@@ -97,6 +96,8 @@ class Launcher:
         self._process: subprocess.Popen[bytes] | None = None
         self._launches: dict[int, Launch] = {}
         self._count = 0
+        self._standbys = 0
+        self._first_ready = 1
 
     def start(self) -> None:
         """Start the process now, to save the first build its 20 ms."""
@@ -110,7 +111,6 @@ class Launcher:
                 start_new_session=True,  # A Ctrl-C at the terminal is for kiln, which then ends its builds in order.
                 env={"PATH": os.defpath},
             )
-        ours.setblocking(False)
         self._socket = ours
         asyncio.get_running_loop().add_reader(ours.fileno(), self._on_report)
 
@@ -131,10 +131,28 @@ class Launcher:
         """The process, while there is one."""
         return self._process.pid if self._process is not None and self._socket is not None else None
 
-    def launch(self, order: Order) -> Launch:
-        """Start what `order` says. The descriptors in it may be closed as soon as this returns."""
+    def stand_by(self, groups: Sequence[str]) -> int:
+        """Have a process fork ahead of a build and join `groups` (files cgroup.procs); returns its number.
+
+        A number is good for one launch, as long as the launcher process lives (`is_ready`).
+        """
         if self._socket is None:
             self.start()
+            self._first_ready = self._standbys + 1
+        self._standbys += 1
+        self.send({"order": "stand_by", "standby": self._standbys, "cgroups": list(groups)}, [])
+        return self._standbys
+
+    def is_ready(self, standby: int) -> bool:
+        """Whether the process that stands by as `standby` is a child of the launcher process there is now."""
+        return self._socket is not None and standby >= self._first_ready
+
+    def dismiss(self, standby: int) -> None:
+        """End a standby that no build needs."""
+        self.send({"order": "dismiss", "standby": standby}, [])
+
+    def launch(self, order: Order, standby: int) -> Launch:
+        """Start what `order` says in the process `standby`. Descriptors in it may be closed as soon as this returns."""
         self._count += 1
         launch = Launch(self, self._count)
         body = {
@@ -145,7 +163,7 @@ class Launcher:
             "status": order.status_descriptor,
             "descriptors": list(order.descriptors),
             "attach": [list(step) for step in order.attach],
-            "cgroups": list(order.cgroups),
+            "standby": standby,
             "rlimits": {name: list(limit) for name, limit in order.rlimits.items()},
             "cpus": list(order.cpus),
             "personality": order.personality,
@@ -159,12 +177,15 @@ class Launcher:
             body["pause"] = {"descriptor": order.pause_descriptor, "contents": order.pause_contents}
         with memory_file("order", json.dumps(body).encode()) as descriptor:
             self._launches[self._count] = launch
-            self.send({}, [descriptor, *order.descriptors.values()])
+            self.send({"order": "launch"}, [descriptor, *order.descriptors.values()])
+        if self._socket is None:
+            launch.fail(LauncherGone())
         return launch
 
     def send(self, head: Mapping[str, Any], descriptors: Sequence[int]) -> None:
         """Send one order."""
-        assert self._socket is not None
+        if self._socket is None:
+            return  # It is gone, and whoever waits for it has been told.
         message = json.dumps(head).encode()
         try:
             if descriptors:
@@ -177,7 +198,7 @@ class Launcher:
     def _on_report(self) -> None:
         assert self._socket is not None
         try:
-            message = self._socket.recv(_REPORT_BYTES_MAX)
+            message = self._socket.recv(_REPORT_BYTES_MAX, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return
         except ConnectionResetError:

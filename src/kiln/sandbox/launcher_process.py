@@ -6,8 +6,10 @@ It trusts its one client, the process that started it; when that goes away, it k
 
 Orders and reports are JSON on a seqpacket socket. An order's body travels in a memory file, so it may have any size:
 
-    launch: {"id", "argv", "descriptors": [target, …], "status", "pause", "attach": […], "cgroups", …}
-    kill:   {"kill": id}
+    {"order": "stand_by", "standby": number, "cgroups": [file, …]}   a process for a build to come
+    {"order": "dismiss", "standby": number}
+    {"order": "launch"}, and in the body {"id", "standby", "argv", "descriptors": [target, …], "attach": […], …}
+    {"order": "kill", "id"}
     report: {"id", "event": "running" | "failed" | "ended", …}
 
 How the root is completed. bwrap is given one last file to copy whose contents come through a pipe of one slot. The pipe
@@ -20,16 +22,19 @@ makes the rest: directories, files, and one mount for each input, which costs mi
 import array
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import resource
+import select
 import selectors
 import signal
 import socket
 import sys
 import termios
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NoReturn
 
 from kiln.sandbox import mounts
 
@@ -37,6 +42,7 @@ Order = Mapping[str, Any]
 
 _ORDER_BYTES_MAX = 4096
 _DESCRIPTORS_MAX = 16
+_DESCRIPTORS_END = 1 << 20
 _F_SETPIPE_SZ = 1031
 _ONE_SLOT = 4096
 _NEW_ROOT = b"/newroot"
@@ -48,14 +54,24 @@ def _raw(text: str) -> bytes:
     return text.encode("utf-8", "surrogateescape")
 
 
+@dataclass(frozen=True)
+class Standby:
+    """A process that waits for an order; what keeps it from becoming the runtime comes out of `trouble`."""
+
+    pid: int
+    socket: socket.socket
+    trouble: int
+
+
 class Build:
     """One runtime process, from its start until nothing of it is left."""
 
-    def __init__(self, order: Order, pid: int, status: int, pause: int | None) -> None:
+    def __init__(self, order: Order, standby: Standby, status: int, pause: int | None) -> None:
         self.order = order
         self.id: int = order["id"]
-        self.pid = pid
-        self.pidfd = os.pidfd_open(pid)
+        self.pid = standby.pid
+        self.pidfd = os.pidfd_open(standby.pid)
+        self.trouble = standby.trouble
         self.status = status
         self.status_text = b""
         self.pause = pause
@@ -97,9 +113,15 @@ class Build:
                 with contextlib.suppress(ProcessLookupError):
                     signal.pidfd_send_signal(pidfd, signal.SIGKILL)
 
+    def drop_pause(self) -> None:
+        """Close our end: a runtime that waits goes on."""
+        if self.pause is not None:
+            os.close(self.pause)
+            self.pause = None
+
     def close(self) -> None:
         """Release every descriptor."""
-        for descriptor in (self.pidfd, self.status, self.pause, self.init_pidfd):
+        for descriptor in (self.pidfd, self.status, self.trouble, self.pause, self.init_pidfd):
             if descriptor is not None:
                 os.close(descriptor)
         self.pause = self.init_pidfd = None
@@ -112,6 +134,7 @@ class LauncherProcess:
         self.client = client
         self.selector = selectors.DefaultSelector()
         self.builds: dict[int, Build] = {}
+        self.standbys: dict[int, Standby] = {}
         self.own_mounts = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
         self.is_root = os.geteuid() == 0
         self.ended = False
@@ -127,6 +150,8 @@ class LauncherProcess:
             build.kill()
         for build in list(self.builds.values()):
             self.reap(build)
+        for number in list(self.standbys):
+            self.dismiss(number)
 
     def report(self, **fields: object) -> None:
         """Tell the client; one that is gone is noticed by the loop."""
@@ -135,61 +160,57 @@ class LauncherProcess:
 
     def on_order(self) -> None:
         """Take one order."""
-        message, ancillary, _, _ = self.client.recvmsg(
-            _ORDER_BYTES_MAX, socket.CMSG_SPACE(_DESCRIPTORS_MAX * array.array("i").itemsize), socket.MSG_CMSG_CLOEXEC
-        )
+        message, descriptors = _receive(self.client)
         if not message:
             self.ended = True
             return
-        descriptors = array.array("i")
-        for level, kind, data in ancillary:
-            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                descriptors.frombytes(data)
         head = json.loads(message)
         try:
-            if "kill" in head:
-                if (build := self.builds.get(head["kill"])) is not None:
-                    build.kill()
-            else:
-                with os.fdopen(os.dup(descriptors[0]), "rb") as body:
-                    body.seek(0)
-                    order = json.load(body)
-                self.launch(order, list(descriptors[1:]))
+            match head["order"]:
+                case "stand_by":
+                    self.stand_by(head["standby"], head["cgroups"])
+                case "dismiss":
+                    self.dismiss(head["standby"])
+                case "kill":
+                    if (build := self.builds.get(head["id"])) is not None:
+                        build.kill()
+                case "launch":
+                    self.launch(_read_order(descriptors[0]), descriptors)
         finally:
             for descriptor in descriptors:
                 os.close(descriptor)
 
+    def stand_by(self, number: int, groups: list[str]) -> Standby:
+        """Fork the process of a build to come, which joins its control groups and waits there for its order."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        trouble, trouble_writer = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            _await_order(theirs, trouble_writer, groups)
+        theirs.close()
+        os.close(trouble_writer)
+        self.standbys[number] = standby = Standby(pid, ours, trouble)
+        return standby
+
     def launch(self, order: Order, descriptors: list[int]) -> None:
-        """Start the runtime; failing to is reported, never raised."""
+        """Hand the order to its standby process, which becomes the runtime; failing to is reported, never raised."""
+        standby = self.standbys.pop(order["standby"])
         status, status_writer = os.pipe()
         os.set_blocking(status, False)
-        ours, theirs = [status], [status_writer]
-        inherited = dict(zip(order["descriptors"], descriptors, strict=True))
-        inherited[order["status"]] = status_writer
+        theirs = [status_writer]
         pause = None
         if "pause" in order:
             reader, pause = os.pipe()
             fcntl.fcntl(pause, _F_SETPIPE_SZ, _ONE_SLOT)
             os.write(pause, _raw(order["pause"]["contents"]))
-            inherited[order["pause"]["descriptor"]] = reader
             theirs.append(reader)
-            ours.append(pause)
-        trouble, trouble_writer = os.pipe()
-        theirs.append(trouble_writer)
-        pid = os.fork()
-        if pid == 0:
-            _become(order, inherited, trouble_writer)
+        # One that is dead already is noticed below, by its pidfd.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            socket.send_fds(standby.socket, [b"go"], [*descriptors, *theirs])
+        standby.socket.close()
         for descriptor in theirs:
             os.close(descriptor)
-        with os.fdopen(trouble, "rb") as reader_of_trouble:
-            problem = reader_of_trouble.read()
-        if problem:
-            os.waitpid(pid, 0)
-            for descriptor in ours:
-                os.close(descriptor)
-            self.report(id=order["id"], event="failed", message=problem.decode(errors="replace"))
-            return
-        build = Build(order, pid, status, pause)
+        build = Build(order, standby, status, pause)
         self.builds[build.id] = build
         self.selector.register(build.pidfd, selectors.EVENT_READ, lambda: self.on_exit(build))
         if pause is not None:
@@ -197,10 +218,20 @@ class LauncherProcess:
         else:
             self.report(id=build.id, event="running")
 
+    def dismiss(self, number: int) -> None:
+        """End a standby process that is not wanted any more."""
+        standby = self.standbys.pop(number)
+        standby.socket.close()
+        os.close(standby.trouble)
+        os.waitpid(standby.pid, 0)
+
     def on_pause(self, build: Build) -> None:
         """The runtime waits with its root assembled: complete it, then let the runtime go on."""
         assert build.pause is not None
         self.selector.unregister(build.pause)
+        if not _is_awaited(build.pause):
+            build.drop_pause()  # The runtime ended before it came this far; `on_exit` tells of that.
+            return
         build.find_init()
         if build.init_pidfd is None:
             build.failure = f"the runtime did not say which process it made: {build.status_text!r}"
@@ -212,8 +243,7 @@ class LauncherProcess:
                 build.failure = str(error)
         if build.failure is not None:
             build.kill()
-        os.close(build.pause)
-        build.pause = None
+        build.drop_pause()
         if build.failure is None:
             self.report(id=build.id, event="running")
 
@@ -284,6 +314,8 @@ class LauncherProcess:
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
         said = {key: value for document in build.read_status() for key, value in document.items()}
+        if trouble := os.read(build.trouble, _ORDER_BYTES_MAX):
+            build.failure = trouble.decode(errors="replace")
         build.close()
         del self.builds[build.id]
         if build.failure is not None:
@@ -295,11 +327,60 @@ class LauncherProcess:
             )  # fmt: skip
 
 
-def _become(order: Order, inherited: Mapping[int, int], trouble: int) -> None:
-    """In the new process: take on the build's limits and ids and become the runtime. Never returns."""
+def _receive(peer: socket.socket) -> tuple[bytes, list[int]]:
+    """The next message, empty at the end, and its descriptors, which `socket.recv_fds` would leave to be inherited."""
+    room = socket.CMSG_SPACE(_DESCRIPTORS_MAX * array.array("i").itemsize)
+    message, ancillary, _, _ = peer.recvmsg(_ORDER_BYTES_MAX, room, socket.MSG_CMSG_CLOEXEC)
+    descriptors = array.array("i")
+    for level, kind, data in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            descriptors.frombytes(data)
+    return message, list(descriptors)
+
+
+def _read_order(body: int) -> dict[str, Any]:
+    """The order in the memory file `body`, which stays open."""
+    with open(body, "rb", closefd=False) as file:
+        file.seek(0)
+        order: dict[str, Any] = json.load(file)
+    return order
+
+
+def _is_awaited(pipe: int) -> bool:
+    """Whether the other end of `pipe`, to which we could write, is still open."""
+    poll = select.poll()
+    poll.register(pipe, select.POLLOUT)
+    return not any(events & select.POLLERR for _, events in poll.poll(0))
+
+
+def _await_order(launcher: socket.socket, trouble: int, groups: list[str]) -> NoReturn:
+    """In the new process: join the control groups ahead of time, for the kernel makes that wait; then take an order."""
+    try:
+        # Whatever else the launcher had open is not ours; a pause held open here would never end.
+        ours = sorted((launcher.fileno(), trouble))
+        for low, high in itertools.pairwise((2, *ours, _DESCRIPTORS_END)):
+            os.closerange(low + 1, high)
+        for group in groups:
+            with open(group, "w") as processes:
+                processes.write("0")
+        message, descriptors = _receive(launcher)
+        if not message:
+            os._exit(0)
+        launcher.close()
+        order = _read_order(descriptors[0])
+        pause = [order["pause"]["descriptor"]] if "pause" in order else []
+        targets = [*order["descriptors"], order["status"], *pause]
+        _become(order, dict(zip(targets, descriptors[1:], strict=True)), trouble)
+    except BaseException as error:  # noqa: BLE001  # Whatever it is, it must not run on as a second launcher.
+        os.write(trouble, str(error).encode(errors="replace"))
+    os._exit(127)
+
+
+def _become(order: Order, inherited: Mapping[int, int], trouble: int) -> NoReturn:
+    """Take on the build's limits and ids and become the runtime."""
     try:
         # Out of the way of the targets first: a source may have the number of another's target.
-        floor = max(inherited) + 1
+        floor = max(*inherited, *inherited.values(), trouble) + 1
         moved = {target: fcntl.fcntl(source, fcntl.F_DUPFD_CLOEXEC, floor) for target, source in inherited.items()}
         trouble = fcntl.fcntl(trouble, fcntl.F_DUPFD_CLOEXEC, floor)
         for target, source in moved.items():
@@ -307,9 +388,6 @@ def _become(order: Order, inherited: Mapping[int, int], trouble: int) -> None:
         if order["terminal"]:
             os.setsid()
             fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-        for group in order["cgroups"]:
-            with open(group, "w") as processes:
-                processes.write("0")
         for name, (soft, hard) in order["rlimits"].items():
             _set_rlimit(getattr(resource, name), soft, hard)
         with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:
@@ -325,9 +403,8 @@ def _become(order: Order, inherited: Mapping[int, int], trouble: int) -> None:
         mounts.set_personality(order["personality"])
         os.chdir("/")
         os.execve(order["argv"][0], [_raw(word) for word in order["argv"]], {})  # noqa: S606  # No shell is wanted.
-    except BaseException as error:  # noqa: BLE001  # Whatever it is, it must not run on as a second launcher.
-        os.write(trouble, f"{order['argv'][0]}: {error}".encode(errors="replace"))
-        os._exit(127)
+    except OSError as error:
+        raise OSError(f"{order['argv'][0]}: {error}") from error
 
 
 def _default_signals() -> None:
