@@ -3,7 +3,7 @@
 import os
 import secrets
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from types import TracebackType
 from typing import Self
@@ -83,6 +83,42 @@ class Descent:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def visit(descriptor: int) -> Iterator[tuple[int, list[tuple[str, os.stat_result]]]]:
+    """Each directory from the open root `descriptor` down, parents first: (its descriptor, names and states in it).
+
+    For trees that may change meanwhile: what vanishes or is moved away is left out. A descriptor is valid until the
+    next step.
+    """
+    with Descent(os.dup(descriptor)) as descent, suppress(TreeMoved):
+        pending: list[list[str]] = []
+        entered = True
+        while True:
+            if entered:
+                entries = _states(descent.descriptor)
+                yield descent.descriptor, entries
+                pending.append([name for name, status in entries if stat.S_ISDIR(status.st_mode)])
+            while pending and not pending[-1]:
+                pending.pop()
+                if pending:
+                    descent.leave()
+            if not pending:
+                return
+            try:
+                descent.enter(os.fsencode(pending[-1].pop()))
+                entered = True
+            except OSError:
+                entered = False
+
+
+def _states(descriptor: int) -> list[tuple[str, os.stat_result]]:
+    found = []
+    with suppress(OSError), os.scandir(descriptor) as entries:
+        for entry in entries:
+            with suppress(OSError):
+                found.append((entry.name, entry.stat(follow_symlinks=False)))
+    return found
 
 
 def change_mode(name: bytes, change: Callable[[int], int], *, dir_fd: int) -> None:

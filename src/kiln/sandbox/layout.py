@@ -3,8 +3,10 @@
 import contextlib
 import os
 import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+from kiln.castore.dirfd import DIRECTORY, visit
 from kiln.sandbox.plan import TMP, HostDirectory, RootPlan
 from kiln.sandbox.uids import Identity
 
@@ -136,25 +138,29 @@ class Layout:
 
 def occupied_bytes(root: str) -> int:
     """Bytes on disk of everything below `root`, each inode once; what vanishes meanwhile counts nothing."""
-    total, seen, pending = 0, set(), [root]
-    while pending:
-        with contextlib.suppress(OSError), os.scandir(pending.pop()) as entries:
-            for entry in entries:
-                with contextlib.suppress(OSError):
-                    found = entry.stat(follow_symlinks=False)
-                    if stat.S_ISDIR(found.st_mode):
-                        pending.append(entry.path)
-                    elif found.st_nlink > 1:
-                        if found.st_ino in seen:
-                            continue
-                        seen.add(found.st_ino)
-                    total += found.st_blocks * 512
+    total, seen = 0, set()
+    for _, entries in _visited(root):
+        for _, status in entries:
+            if status.st_nlink > 1 and not stat.S_ISDIR(status.st_mode):
+                if status.st_ino in seen:
+                    continue
+                seen.add(status.st_ino)
+            total += status.st_blocks * 512
     return total
 
 
 def _give(root: str, uid: int) -> None:
     """Make everything below `root` belong to `uid`, following nothing."""
-    for _, _, files, descriptor in os.fwalk(root, follow_symlinks=False):
+    for descriptor, entries in _visited(root):
         os.fchown(descriptor, uid, uid)
-        for name in files:
-            os.chown(name, uid, uid, dir_fd=descriptor, follow_symlinks=False)
+        for name, status in entries:
+            if not stat.S_ISDIR(status.st_mode):
+                os.chown(name, uid, uid, dir_fd=descriptor, follow_symlinks=False)
+
+
+def _visited(root: str) -> Iterator[tuple[int, list[tuple[str, os.stat_result]]]]:
+    descriptor = os.open(root, DIRECTORY)
+    try:
+        yield from visit(descriptor)
+    finally:
+        os.close(descriptor)
