@@ -187,6 +187,15 @@ class TestAHost:
             assert isinstance(last.verdict, Failure)
             assert last.verdict.message.startswith("cancelled by disconnect")
 
+    async def test_nobody_who_never_followed_keeps_it_from_running(
+        self, hosts: Hosts, scripted: Scripted, a_request: Request
+    ) -> None:
+        async with hosts(scripted()) as host:
+            ids = [await host.submit(a_request(str(number)), BuildOptions()) for number in range(120)]
+            assert len(set(ids)) == 120
+            for build_id in ids:
+                assert isinstance((await watched(host, build_id))[-1].body, Finished)
+
     async def test_lists(self, hosts: Hosts, scripted: Scripted, a_request: Request) -> None:
         async with hosts(scripted()) as host:
             ids = []
@@ -296,6 +305,23 @@ class TestAServerThatComesBack:
             build_id = await far.submit(a_request(), BuildOptions())
             assert [info.build_id for info in (await host.list())[0]] == [build_id]
         assert len(submissions) == 3
+
+
+class TestAClientThatLeaves:
+    @pytest.mark.parametrize("cancels", [True, False])
+    async def test_without_having_watched(
+        self, hosting: Hosting, scripted: Scripted, a_request: Request, store: LocalStore, tmp_path: Path, cancels: bool
+    ) -> None:
+        async with hosting(scripted(forever)) as host, served(host, store, tmp_path / "sock") as url:
+            async with host_at(url) as far:
+                build_id = await far.submit(a_request(), BuildOptions(cancel_on_disconnect=cancels))
+            # Not by watching: that would be a follower.
+            for _ in range(100 if cancels else 3):
+                running = (await host.list(running_only=True))[0]
+                if not running:
+                    break
+                await asyncio.sleep(0.1)
+            assert [info.build_id for info in running] == ([] if cancels else [build_id])
 
 
 class TestConnecting:

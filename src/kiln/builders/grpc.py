@@ -39,7 +39,7 @@ from kiln.rpc.channel import Peer, connected
 from kiln.rpc.status import PeerFailed, PeerLacksMethod, PeerStalled, PeerUnreachable
 from kiln.rpc.url import Url
 
-_SILENCE_S = 45.0  # Of a watched build: three heartbeats.
+_SILENCE_S = 45.0  # Of a watched build, which has to be heard of each 15 s.
 _PAUSE_MIN_S, _PAUSE_MAX_S = 0.1, 2.0
 _UNWATCHED_MAX = 100
 
@@ -99,11 +99,12 @@ class GrpcHost(BuildHost):
     ) -> None:
         """`patience_s`: how long a peer that went away may take to come back."""
         self._peer = peer
+        self._watched = replace(peer, stall_s=min(_SILENCE_S, peer.stall_s))
         self._stub = BuildServiceStub(peer.channel)
         self._patience_s = patience_s
         self._new_token = new_token
-        self._unwatched: dict[str, AsyncIterator[build_pb2.Event]] = {}
-        """Submitted, and nobody watches yet: the stream that came with it, by the build's id."""
+        self._unwatched: dict[str, _Submitted] = {}
+        """What nobody watches yet, by the build's id."""
         self._closing = False
 
     async def __aenter__(self) -> Self:
@@ -122,7 +123,7 @@ class GrpcHost(BuildHost):
         message = to_submission(Submission(request, options, client_token or self._new_token()))
         patience = _Patience(self._patience_s)
         while True:
-            events = receive(self._peer, self._stub.Build, message)
+            events = receive(self._watched, self._stub.Build, message)
             try:
                 accepted = await anext(events)
             except StopAsyncIteration:
@@ -132,10 +133,12 @@ class GrpcHost(BuildHost):
             else:
                 break
         await self._let_go(accepted.build_id)
-        # Kept open: were nobody left for a moment, a build that wants followers would end.
-        self._unwatched[accepted.build_id] = _after(accepted, events)
-        if len(self._unwatched) > _UNWATCHED_MAX:
-            await self._let_go(next(iter(self._unwatched)))
+        submitted = _Submitted(accepted, events)
+        # Were nobody left for a moment, a build that is to end with its followers would.
+        if options.cancel_on_disconnect or len(self._unwatched) < _UNWATCHED_MAX:
+            self._unwatched[accepted.build_id] = submitted
+        else:
+            await submitted.close()
         return accepted.build_id
 
     @asynccontextmanager
@@ -143,8 +146,11 @@ class GrpcHost(BuildHost):
         self, build_id: str, *, after_seq: int = 0, without_log: bool = False, recorded_only: bool = False
     ) -> AsyncIterator[AsyncIterator[Event]]:
         submitted = self._unwatched.pop(build_id, None)
-        events = self._events(build_id, after_seq, submitted, without_log=without_log)
-        async with closing(events):
+        async with AsyncExitStack() as stack:
+            if submitted is not None:
+                stack.push_async_callback(submitted.close)
+            events = self._events(build_id, after_seq, submitted, without_log=without_log)
+            await stack.enter_async_context(closing(events))
             yield (event async for event in events if event.seq or not recorded_only)
 
     async def read_log(
@@ -208,23 +214,20 @@ class GrpcHost(BuildHost):
             await self._let_go(next(iter(self._unwatched)))
 
     async def _let_go(self, build_id: str) -> None:
-        events = self._unwatched.pop(build_id, None)
-        if events is not None:
-            async with closing(events):
-                pass
+        if submitted := self._unwatched.pop(build_id, None):
+            await submitted.close()
 
     async def _events(
-        self, build_id: str, after_seq: int, submitted: AsyncIterator[build_pb2.Event] | None, *, without_log: bool
+        self, build_id: str, after_seq: int, submitted: "_Submitted | None", *, without_log: bool
     ) -> AsyncIterator[Event]:
         """Events after `after_seq`, over as many streams as it takes, the first of them `submitted`."""
-        peer = replace(self._peer, stall_s=min(_SILENCE_S, self._peer.stall_s))
         patience = _Patience(self._patience_s)
-        messages = submitted
+        messages = None if submitted is None else submitted.all()
         while True:
             if messages is None:
                 # Passing events too: among them are the heartbeats that tell a quiet build from a dead peer.
                 asked = build_pb2.WatchRequest(build_id=build_id, after_seq=after_seq, without_log=without_log)
-                messages = receive(peer, self._stub.Watch, asked)
+                messages = receive(self._watched, self._stub.Watch, asked)
             try:
                 async with closing(messages):
                     async for message in messages:
@@ -245,11 +248,23 @@ class GrpcHost(BuildHost):
             messages = None
 
 
-async def _after(first: build_pb2.Event, rest: AsyncIterator[build_pb2.Event]) -> AsyncIterator[build_pb2.Event]:
-    async with closing(rest):
-        yield first
-        async for event in rest:
+class _Submitted:
+    """The stream that came with a submission."""
+
+    def __init__(self, accepted: build_pb2.Event, rest: AsyncIterator[build_pb2.Event]) -> None:
+        self._accepted = accepted
+        self._rest = rest
+
+    async def all(self) -> AsyncIterator[build_pb2.Event]:
+        """Its events."""
+        yield self._accepted
+        async for event in self._rest:
             yield event
+
+    async def close(self) -> None:
+        """End the call."""
+        async with closing(self._rest):
+            pass
 
 
 class _Patience:

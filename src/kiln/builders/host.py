@@ -91,7 +91,7 @@ class Host(BuildHost):
         *,
         kept_bytes_max: int = 10 << 30,
         builds_max: int = 10_000,
-        heartbeat_s: float = 15.0,
+        heartbeat_s: float = 10.0,
         time_s: Callable[[], float] = time.time,
         monotonic_s: Callable[[], float] = time.monotonic,
         random_bits: Callable[[int], int] = secrets.randbits,

@@ -18,7 +18,7 @@ from kiln.castore.model import Digest
 from kiln.errors import Precondition
 from kiln.protos.kiln.build.v1 import build_pb2
 from kiln.rpc.channel import MESSAGE_BYTES_MAX
-from kiln.server.messages import Context, parsed, refuse, send, send_build_id
+from kiln.server.messages import Context, parsed, refuse, send
 
 _PAGE_MAX = 1000  # Builds in a ListReply. The last event of a failed one has up to 8 KiB of its log.
 
@@ -79,9 +79,10 @@ class KilnBuildServicer:
             submission = from_submission(message)
         except RequestInvalid as error:
             await refuse(context, invalid_request(error))
-        known = (await self._host.capabilities()).features
-        if unknown := tuple(name for name in submission.must_understand if name not in known):
-            raise FeatureUnknown(unknown, known=known)
+        if submission.must_understand:
+            known = (await self._host.capabilities()).features
+            if unknown := tuple(name for name in submission.must_understand if name not in known):
+                raise FeatureUnknown(unknown, known=known)
         build_id = await self._host.submit(submission.request, submission.options, client_token=submission.client_token)
         await self._follow(build_pb2.WatchRequest(build_id=build_id), context)
 
@@ -138,6 +139,5 @@ class KilnBuildServicer:
             without_log=asked.without_log,
             recorded_only=asked.recorded_only,
         ) as events:
-            await send_build_id(context, asked.build_id)  # At once: the first event may be long in coming.
             async for event in events:
                 await send(context, to_event(event))
