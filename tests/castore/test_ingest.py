@@ -1,5 +1,3 @@
-# ruff: noqa: ASYNC240 - A test keeps nobody waiting.
-
 import asyncio
 import hashlib
 import json

@@ -1,6 +1,6 @@
 """What the local store promises beyond the suites of its services."""
 
-# ruff: noqa: ASYNC221, ASYNC240 - A test keeps nobody waiting.
+# ruff: noqa: ASYNC221 - A test keeps nobody waiting.
 
 import asyncio
 import os

@@ -58,7 +58,7 @@ from kiln.sandbox.verdict import failure_of, readable_bytes
 from kiln.version import __version__
 
 
-class _Refused(Exception):  # noqa: N818  # A verdict on its way out, not an error.
+class _Refused(Exception):  # A verdict on its way out, not an error.
     """The build ends here, with this failure."""
 
     def __init__(self, failure: Failure) -> None:

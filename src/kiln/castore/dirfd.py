@@ -12,7 +12,7 @@ DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _DESCRIPTORS_MAX = 64  # Per walk. Deeper levels reopen their parents through "..".
 
 
-class TreeMoved(Exception):  # noqa: N818 - A fact about the tree; whoever walks it raises a kiln error that names the path.
+class TreeMoved(Exception):
     """A directory's ".." is no longer the directory through which it was entered."""
 
 

@@ -71,7 +71,7 @@ class Sharing(Protocol):
         """Hand over the directory at `parts`, from the root."""
 
 
-class Stopped(Exception):  # noqa: N818 - No error: whoever asked for it is no longer there.
+class Stopped(Exception):
     """The walk was asked to stop."""
 
 

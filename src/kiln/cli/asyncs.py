@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Coroutine
 
 
-class PipeClosed(Exception):  # noqa: N818  Not an error: whoever reads our results has enough of them.
+class PipeClosed(Exception):
     """Stands for BrokenPipeError, which click would take for its own to handle."""
 
 
