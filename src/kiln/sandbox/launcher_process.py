@@ -372,7 +372,8 @@ def _await_order(launcher: socket.socket, trouble: int, groups: list[str]) -> No
         targets = [*order["descriptors"], order["status"], *pause]
         _become(order, dict(zip(targets, descriptors[1:], strict=True)), trouble)
     except BaseException as error:  # noqa: BLE001  # Whatever it is, it must not run on as a second launcher.
-        os.write(trouble, str(error).encode(errors="replace"))
+        with contextlib.suppress(OSError):  # Dismissed meanwhile, its group is gone, and nobody wants to know.
+            os.write(trouble, str(error).encode(errors="replace"))
     os._exit(127)
 
 

@@ -125,7 +125,11 @@ class Layout:
             try:
                 found = os.lstat(f"{current}/{part}")
             except OSError:
-                return Located(None, f"{output} was not made", tuple(f"{walked}/{name}" for name in names[:16]))
+                return Located(
+                    None,
+                    f"{output} was not made: nothing is at /{output}",
+                    tuple(f"{walked}/{name}" for name in names[:16]),
+                )
             current, walked = f"{current}/{part}", f"{walked}/{part}"
             if walked != output and not stat.S_ISDIR(found.st_mode):
                 return Located(None, f"{output} was not made: {walked} is no directory")
