@@ -1,5 +1,6 @@
 """Import of one large file, with and without looking for references, beside the hash alone."""
 
+import os
 import random
 import shutil
 from collections.abc import AsyncIterator, Sequence
@@ -14,7 +15,7 @@ from kiln.castore.model import BLAKE3_DOUBLED
 _MIB = 1 << 20
 _NEEDLES = 500
 _PRESENT = 100
-_HASH = "BLAKE3 alone"
+_HASH, _COPY = "BLAKE3 alone", "copy alone"
 _SLOWER_AT_MOST = 1.25  # 0.8 of the hash's speed.
 
 
@@ -50,6 +51,14 @@ class _Import:
                 hasher.update(buffer[:count])
         return watch.seconds
 
+    def copied(self) -> float:
+        """What any import that leaves the source alone cannot do without, where no extents can be shared."""
+        target = self.surroundings.fresh("copy")
+        with timed() as watch:
+            shutil.copyfile(self.path, target)
+        os.unlink(target)
+        return watch.seconds
+
     async def imported(self, needles: Sequence[bytes], *, adopt: bool) -> float:
         source = self.path
         if adopt:
@@ -71,7 +80,7 @@ async def _open(surroundings: Surroundings) -> AsyncIterator[Sequence[Side]]:
     needles, path = _needles(source), surroundings.fresh("large")
     present = _make_file(path, surroundings.scale.large_bytes, needles, source)
     importing = _Import(surroundings, path, present)
-    sides = [Side(_HASH, blocking(importing.hashed))]
+    sides = [Side(_HASH, blocking(importing.hashed)), Side(_COPY, blocking(importing.copied))]
     for adopt in (True, False):
         for looked_for in ([], needles):
 
@@ -80,7 +89,8 @@ async def _open(surroundings: Surroundings) -> AsyncIterator[Sequence[Side]]:
 
             said = f"kiln {'adopts' if adopt else 'imports'}"
             name = f"{said}, {_NEEDLES} needles" if looked_for else said
-            sides.append(Side(name, once, (Against(_HASH, _SLOWER_AT_MOST),)))
+            against = (Against(_HASH, _SLOWER_AT_MOST), *(() if adopt else (Against(_COPY),)))
+            sides.append(Side(name, once, against))
     yield sides
 
 

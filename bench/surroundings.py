@@ -22,7 +22,7 @@ class Scale:
     starts: int
 
 
-FULL = Scale(builds=50, inputs=(100, 500), files=20_000, large_bytes=1 << 30, log_bytes=32 << 20, starts=5)
+FULL = Scale(builds=50, inputs=(100, 500), files=20_000, large_bytes=1 << 30, log_bytes=8 << 20, starts=5)
 QUICK = Scale(builds=2, inputs=(3,), files=60, large_bytes=1 << 20, log_bytes=1 << 16, starts=1)
 
 
