@@ -31,13 +31,14 @@ from kiln.build.events import (
 from kiln.build.model import BuildOptions, BuildRequest
 from kiln.build.service import BuildHost, BuildService, Capabilities
 from kiln.build.unary_status import unary_status
-from kiln.build.wire import decode_request, to_response
+from kiln.build.wire import decode_request, to_request, to_response
 from kiln.builders.grpc import CastoreDiffers, ContractDiffers, GrpcHost, connected_host
 from kiln.builders.host import Host
 from kiln.castore.castore import Castore
 from kiln.castore.local.store import LocalStore
 from kiln.castore.model import BLAKE3_DOCUMENTED, Digest, DirectoryNode, SymlinkNode
-from kiln.errors import NotFound, OutOfRange
+from kiln.errors import Exhausted, NotFound, OutOfRange
+from kiln.protos.snix.build.protos.rpc_build_pb2_grpc import BuildServiceStub
 from kiln.rpc.channel import connected
 from kiln.rpc.status import PeerLacksMethod, PeerUnreachable
 from kiln.rpc.url import CHANNEL_OPTIONS, parse_url
@@ -196,6 +197,15 @@ class TestAHost:
             for build_id in ids:
                 assert isinstance((await watched(host, build_id))[-1].body, Finished)
 
+    async def test_takes_only_so_many(self, hosts: Hosts, scripted: Scripted, a_request: Request) -> None:
+        async with hosts(scripted(forever), builds_max=1) as host:
+            build_id = await host.submit(a_request("a"), BuildOptions(), client_token="a")
+            with pytest.raises(Exhausted, match="1 builds wait or run"):
+                await host.submit(a_request("b"), BuildOptions())
+            assert await host.submit(a_request("a"), BuildOptions(), client_token="a") == build_id
+            await host.cancel(build_id, by="a test")
+            await host.submit(a_request("b"), BuildOptions())
+
     async def test_lists(self, hosts: Hosts, scripted: Scripted, a_request: Request) -> None:
         async with hosts(scripted()) as host:
             ids = []
@@ -322,6 +332,23 @@ class TestAClientThatLeaves:
                     break
                 await asyncio.sleep(0.1)
             assert [info.build_id for info in running] == ([] if cancels else [build_id])
+
+    async def test_by_way_of_another_server(
+        self, hosting: Hosting, scripted: Scripted, a_request: Request, store: LocalStore, tmp_path: Path
+    ) -> None:
+        builder = scripted(forever)
+        async with (
+            hosting(builder) as host,
+            served(host, store, tmp_path / "first") as url,
+            host_at(url) as far,
+            served(far, store, tmp_path / "second") as url,
+            connected(parse_url(url, CHANNEL_OPTIONS)) as peer,
+        ):
+            with pytest.raises(grpc.aio.AioRpcError, match="Deadline"):
+                await BuildServiceStub(peer.channel).DoBuild(to_request(a_request()), timeout=0.3)
+            while (await host.list(running_only=True))[0]:
+                await asyncio.sleep(0.05)
+            assert builder.started == 1
 
 
 class TestConnecting:

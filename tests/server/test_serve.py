@@ -404,6 +404,8 @@ class TestKilnServe:
             assert await gone(marker)
             server.send_signal(signal.SIGTERM)
             assert server.wait() == 0
+            assert server.stderr is not None
+            assert server.stderr.read().count("\n") == 1  # That it stops: clients that leave are nothing to tell.
         assert_nothing_left(tmp_path / "store")
 
     async def test_failures_say_what_is_wrong(self, tmp_path: Path, channel: grpc.aio.Channel) -> None:

@@ -129,13 +129,16 @@ class _Socket(Binding):
 
     def appear(self) -> None:
         """Take the name, unless a live server has it. Raises CannotListen."""
-        directory = os.open(os.path.dirname(self._path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            fcntl.flock(directory, fcntl.LOCK_EX)  # Of two servers that start at once, one sees the other.
-            _check_free(self._path, self.url)
-            os.rename(self._hidden, self._path)
-        finally:
-            os.close(directory)
+            directory = os.open(os.path.dirname(self._path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                fcntl.flock(directory, fcntl.LOCK_EX)  # Of two servers that start at once, one sees the other.
+                _check_free(self._path, self.url)
+                os.rename(self._hidden, self._path)
+            finally:
+                os.close(directory)
+        except OSError as error:
+            raise CannotListen(self.url, error.strerror or str(error)) from error
 
     def disappear(self) -> None:
         """Remove the socket, by whichever name, unless it is another server's by now."""
