@@ -71,7 +71,17 @@ class TestAddresses:
 
     @pytest.mark.parametrize(
         "text",
-        ["unix://host/k.sock", "unix:k.sock", "unix:///", "ftp://x", "http://x", "http://x:y", "http://x:1/p", "/x"],
+        [
+            "unix://host/k.sock",
+            "unix:k.sock",
+            "unix:///",
+            "ftp://x",
+            "http://x",
+            "http://x:y",
+            "http://x:1/p",
+            "http://x:65536",
+            "/x",
+        ],
     )
     def test_what_is_none(self, text: str) -> None:
         with pytest.raises(UrlInvalid):
@@ -165,9 +175,11 @@ class TestTcp:
         async with serve_builds(addresses=("http://127.0.0.1:0",)) as served:
             url = served.server.urls[0]
             assert await self.ask(url) == "blake3/doubled"
-            with pytest.raises(CannotListen, match="in use"):
-                async with serve_builds(addresses=(url.removeprefix("grpc+"),)):
-                    pass
+            nobodys = "http://192.0.2.1:1"  # RFC 5737.
+            for address, why in {url.removeprefix("grpc+"): "in use", nobodys: "assign"}.items():
+                with pytest.raises(CannotListen, match=why):
+                    async with serve_builds(addresses=(address,)):
+                        pass
 
     async def test_certificates_of_both_sides(self, serve_builds: ServeBuilds) -> None:
         tls = Tls(str(TLS / "server.pem"), str(TLS / "server.key"), str(TLS / "ca.pem"))

@@ -19,6 +19,7 @@ from kiln.rpc.channel import CredentialsUnreadable
 from kiln.rpc.url import Url, UrlInvalid, parse_url
 
 _SUN_PATH_BYTES_MAX = 107  # sizeof(sun_path) - 1, unix(7).
+_PORT_MAX = 65535
 _KNOWN = {scheme: frozenset[str]() for scheme in ("unix", "http", "https")}
 
 
@@ -72,7 +73,14 @@ def parse_listen(text: str, security: Security) -> Url:
             raise UrlInvalid(text, "a socket is named by an absolute path, as in unix:///run/kiln.sock")
         return url
     host, colon, port = url.authority.rpartition(":")
-    if url.path not in {"", "/"} or not colon or not host or "@" in host or not port.isdecimal():
+    if (
+        url.path not in {"", "/"}
+        or not colon
+        or not host
+        or "@" in host
+        or not port.isdecimal()
+        or int(port) > _PORT_MAX
+    ):
         raise UrlInvalid(text, f"it needs a host and a port and no path, as in {url.scheme}://localhost:8000")
     if url.scheme == "http" and not security.insecure_tcp:
         raise OpenToAll(
@@ -94,6 +102,7 @@ def bound(server: grpc.aio.Server, url: Url, security: Security) -> Iterator["Bi
         with _bound_socket(server, url) as binding:
             yield binding
         return
+    _check_bindable(url)
     try:
         if url.scheme == "http":
             port = server.add_insecure_port(url.authority)
@@ -101,7 +110,7 @@ def bound(server: grpc.aio.Server, url: Url, security: Security) -> Iterator["Bi
             assert security.tls is not None
             port = server.add_secure_port(url.authority, _credentials(security.tls))
     except RuntimeError as error:  # All that gRPC says: it could not bind.
-        raise CannotListen(url.text, "the address is in use, or not this host's") from error
+        raise CannotListen(url.text, "somebody else just took the address") from error
     host = url.authority.rpartition(":")[0]
     yield Binding(f"grpc+{url.scheme}://{host}:{port}")
 
@@ -172,6 +181,26 @@ def _bound_socket(server: grpc.aio.Server, url: Url) -> Iterator[_Socket]:
         yield binding
     finally:
         binding.disappear()
+
+
+def _check_bindable(url: Url) -> None:
+    """Raise CannotListen with the reason, which gRPC keeps to itself, unless one of the host's addresses can be had."""
+    host, _, port = url.authority.rpartition(":")
+    why = OSError("the host has no address")
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        found, why = [], error
+    for family, kind, protocol, _, address in found:
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(address)
+            except OSError as error:
+                why = error
+            else:
+                return
+    raise CannotListen(url.text, why.strerror or str(why)) from why
 
 
 def _check_free(path: str, url: str) -> None:
