@@ -29,7 +29,7 @@ from kiln.server.kiln_servicer import kiln_handlers
 from kiln.server.listen import Security, bound
 from kiln.server.unary_servicers import unary_handlers
 
-CALLS_MAX = 10_000  # Open at once: as many as builds may be queued, each watched by somebody. 60 kB each (measured).
+CALLS_MAX = 10_000  # Open at once: as many as builds may be queued, each watched by somebody.
 
 _CLOSE_S = 2.0  # For answers under way when the server stops.
 _QUIET_S = 0.5  # Without a call, after the last build: whoever waited for it has fetched what it wanted.
