@@ -409,7 +409,7 @@ class TestKilnServe:
             await SnixStub(channel).DoBuild(shell("true"))
             calls = [SnixStub(channel).DoBuild(shell(f"sleep 1000{marker}{n}"), timeout=0.15) for n in range(4)]
             assert await asyncio.gather(*map(code_of, calls)) == [Code.DEADLINE_EXCEEDED] * 4
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 await SnixStub(channel).DoBuild(shell("echo x > x", outputs=["build/x"]))
                 async with grpc.aio.insecure_channel(f"unix:{tmp_path}/kiln.sock") as other:
                     await BuildServiceStub(other).Capabilities(build_pb2.CapabilitiesRequest())
@@ -417,7 +417,8 @@ class TestKilnServe:
             server.send_signal(signal.SIGTERM)
             assert server.wait() == 0
             assert server.stderr is not None
-            assert server.stderr.read().count("\n") == 1  # That it stops: clients that leave are nothing to tell.
+            said = server.stderr.read()
+            assert said.count("\n") == 1, said  # That it stops: clients that leave are nothing to tell.
         assert_nothing_left(tmp_path / "store")
 
     async def test_failures_say_what_is_wrong(self, tmp_path: Path, channel: grpc.aio.Channel) -> None:
