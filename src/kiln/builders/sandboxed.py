@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import fcntl
 import os
 import secrets
 import time
@@ -56,6 +57,10 @@ from kiln.sandbox.supervise import Ending, Supervision
 from kiln.sandbox.uids import Identity, UidRange
 from kiln.sandbox.verdict import failure_of, readable_bytes
 from kiln.version import __version__
+
+
+_F_SETPIPE_SZ = 1031
+_PIPE_BYTES = 1 << 20  # A build that writes much is read in gulps; with the kernel's 64 KiB it would wait each time.
 
 
 class _Refused(Exception):  # A verdict on its way out, not an error.
@@ -509,6 +514,8 @@ class _Pipes:
         """Our ends, and what comes out of each."""
         for stream in (Stream.OUTPUT, Stream.STDERR) if split else (Stream.OUTPUT,):
             reader, writer = os.pipe()
+            with contextlib.suppress(OSError):  # More than the host allows an ordinary user; then it is slower.
+                fcntl.fcntl(writer, _F_SETPIPE_SZ, _PIPE_BYTES)
             self.logs[reader] = stream
             self._writers.append(writer)
             if identity is not None:  # Else `> /dev/stderr` inside could not open it again.

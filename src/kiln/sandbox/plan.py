@@ -188,7 +188,7 @@ def plan_root(request: BuildRequest, host: HostFacts) -> RootPlan:
     files += [
         File(path, contents, 0o444)
         for path, contents in own
-        if path not in given and not any(is_within(path, name) for name in input_names)
+        if path not in given and path not in input_names and input_names.isdisjoint(parents(path))
     ]
 
     mounts: list[Mount] = []
@@ -218,7 +218,7 @@ def plan_root(request: BuildRequest, host: HostFacts) -> RootPlan:
         *(link.path for link in links),
     ]:
         wanted.update(parents(path))
-    wanted = {path for path in wanted if not any(is_within(path, name) and path != name for name in input_names)}
+    wanted = {path for path in wanted if input_names.isdisjoint(parents(path))}  # Nothing is made inside an input.
 
     def root_of(path: str) -> str | None:
         return next((root for root in scratch_roots if is_within(path, root)), None)
