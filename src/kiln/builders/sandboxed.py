@@ -58,7 +58,6 @@ from kiln.sandbox.uids import Identity, UidRange
 from kiln.sandbox.verdict import failure_of, readable_bytes
 from kiln.version import __version__
 
-
 _F_SETPIPE_SZ = 1031
 _PIPE_BYTES = 1 << 20  # A build that writes much is read in gulps; with the kernel's 64 KiB it would wait each time.
 
