@@ -32,6 +32,28 @@ def test_each_command_has_help(capsys: pytest.CaptureFixture[str], name: str) ->
     assert capsys.readouterr().out.startswith(f"Usage: kiln {name}")
 
 
+def test_the_options_of_the_help_are_options(kiln: Run) -> None:
+    lines = kiln("run", "--help").text.splitlines()
+    options = [
+        line.split()[0] for line in lines[lines.index("Options:") + 1 :] if line.startswith("  ") and line[2] != " "
+    ]
+    assert "--export" in options
+    assert all(option.startswith("-") for option in options)
+
+
+@pytest.mark.parametrize("command", [(), ("store",)])
+def test_a_command_that_is_not_whole_gets_the_help(
+    capsys: pytest.CaptureFixture[str], command: tuple[str, ...]
+) -> None:
+    assert run(command) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    lines = said.err.splitlines()
+    assert lines[0].startswith("Usage: kiln")
+    assert "Commands:" in lines
+    assert not any(line.endswith("...") for line in lines[1:])
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -46,7 +46,7 @@ def test_json_prints_one_object_and_events_are_lines(kiln: Run, tmp_path: Path) 
     assert {event["buildId"] for event in events} == {result["build_id"]}
 
 
-def test_a_failure_says_why_and_how_to_go_on(kiln: Run) -> None:
+def test_a_failure_says_why_and_how_to_go_on(kiln: Run, store: Path) -> None:
     outcome = kiln(*script("for i in $(seq 40); do echo line $i; done; exit 3"))
     assert outcome.code == 1
     assert "(command_failed)" in outcome.said
@@ -54,7 +54,7 @@ def test_a_failure_says_why_and_how_to_go_on(kiln: Run) -> None:
     tail = [line for line in outcome.said.splitlines() if line.startswith("  | ")]
     assert tail == [f"  | line {i}" for i in range(16, 41)]
     build_id = outcome.said.splitlines()[-1].split()[-1]
-    assert outcome.said.splitlines()[-2:] == [f"  kiln log {build_id}", f"  kiln shell {build_id}"]
+    assert outcome.said.splitlines()[-2:] == [f"  kiln --store {store} {word} {build_id}" for word in ("log", "shell")]
     assert kiln("log", build_id).text.splitlines() == [f"line {i}" for i in range(1, 41)]
     assert "command_failed" in kiln("show", build_id[:12]).text
     assert kiln("watch", build_id).code == 1

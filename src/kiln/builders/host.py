@@ -49,6 +49,7 @@ from kiln.castore.castore import Castore
 from kiln.castore.closure import missing_of_closure
 from kiln.castore.local.database import BuildRow
 from kiln.castore.local.store import LocalStore
+from kiln.castore.local.trouble import host_trouble
 from kiln.castore.model import Digest, DirectoryNode, FileNode
 from kiln.errors import KilnError
 from kiln.sandbox.claims import Claims, release
@@ -299,7 +300,7 @@ class Host(BuildHost):
         except KilnError as error:
             return Finished(Failure(Reason.INFRASTRUCTURE, str(error), Retry.ELSEWHERE))
         except OSError as error:
-            return Finished(Failure(Reason.INFRASTRUCTURE, f"the host failed: {error}", Retry.ELSEWHERE))
+            return Finished(Failure(Reason.INFRASTRUCTURE, host_trouble(error, self._store.path), Retry.ELSEWHERE))
         except Exception as error:  # noqa: BLE001 - A bug below ends one build, not all of them.
             said = f"a bug in kiln ended the build: {type(error).__name__}: {error}"
             return Finished(Failure(Reason.INFRASTRUCTURE, said, Retry.ELSEWHERE))

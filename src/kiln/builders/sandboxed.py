@@ -41,6 +41,7 @@ from kiln.build.service import BuildService, Capabilities
 from kiln.castore.dirfd import remove_tree
 from kiln.castore.errors import ContentMissing, IngestRefused
 from kiln.castore.local.store import LocalStore
+from kiln.castore.local.trouble import host_trouble
 from kiln.castore.model import FileNode, SymlinkNode
 from kiln.errors import KilnError
 from kiln.sandbox import cgroups
@@ -194,7 +195,7 @@ class _Attempt:
             except KilnError as error:
                 verdict = Failure(Reason.INFRASTRUCTURE, str(error), Retry.ELSEWHERE)
             except OSError as error:
-                verdict = Failure(Reason.INFRASTRUCTURE, f"the host failed: {error}", Retry.ELSEWHERE)
+                verdict = Failure(Reason.INFRASTRUCTURE, host_trouble(error, self._store.path), Retry.ELSEWHERE)
             failed = isinstance(verdict, Failure)
             self._end_phase()
             await self._emit(Finished(verdict, self._usage, self._builder._info, spans=tuple(self._spans)))
@@ -470,7 +471,14 @@ async def _nowhere(event: BuildEvent) -> None:
 def _rlimits(limits: Limits, *, enforced: frozenset[str]) -> Mapping[str, tuple[int, int]]:
     """The fixed limits of the contract, and those that stand in where no control group enforces."""
     fixed = {
+        "RLIMIT_AS": (-1, -1),
         "RLIMIT_CORE": (0, -1),
+        "RLIMIT_CPU": (-1, -1),
+        "RLIMIT_DATA": (-1, -1),
+        "RLIMIT_MEMLOCK": (8 << 20, 8 << 20),
+        "RLIMIT_MSGQUEUE": (819200, 819200),
+        "RLIMIT_RSS": (-1, -1),
+        "RLIMIT_RTTIME": (-1, -1),
         "RLIMIT_STACK": (8 << 20, -1),
         "RLIMIT_NOFILE": (1024, 524288),
         "RLIMIT_FSIZE": (limits.disk_bytes, limits.disk_bytes),

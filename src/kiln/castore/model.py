@@ -50,10 +50,11 @@ class EntriesInvalid(Invalid):
 
 
 def printable(raw: bytes) -> str:
-    """`raw` quoted for a person: never a control character, cut at 80."""
+    """`raw` quoted for a person: never a control character, and of more than 120 the middle left out."""
     text = raw.decode("utf-8", "backslashreplace")
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return '"' + (shown if len(shown) <= 80 else shown[:79] + "…") + '"'
+    # A path says most at its end, where the file's name is; a digest or a command at its beginning.
+    return '"' + (shown if len(shown) <= 120 else f"{shown[:39]}…{shown[-80:]}") + '"'
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -32,10 +32,10 @@ async def build(
     options = running.build_options(memory=request.constraints.min_memory)
     await session.offer(node for _, node in request.inputs)
     with EventsFile(settings.events) as events, shown() as view:
-        follower = Follower(view, echo=events.write)
+        follower = Follower(view, again=settings.command("watch"), echo=events.write)
         build_id = await session.host.submit(request, options)
         finished = await follow_and_cancel(follower, session.host, build_id, view, interrupts)
-    for line in verdict_lines(build_id, finished, follower.tail):
+    for line in verdict_lines(build_id, finished, follower.tail, settings):
         click.echo(line, err=True)
     if isinstance(finished.verdict, Success):
         await session.fetch(output.node for output in finished.verdict.outputs)

@@ -19,7 +19,7 @@ from kiln.cli.units import shown_moment, shown_time
 
 
 @kiln_command("builds")
-@click.option("-n", "--limit", type=click.IntRange(min=1), default=20, help="How many (default: 20).")
+@click.option("-n", "--limit", metavar="N", type=click.IntRange(min=1), default=20, help="How many (default: 20).")
 @click.option("--running", is_flag=True, help="Only those that have not ended.")
 @click.option("--label", "labels", metavar="NAME=VALUE", multiple=True, callback=pairs, help="Only those with it.")
 @click.pass_context

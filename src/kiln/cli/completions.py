@@ -9,14 +9,13 @@ from kiln.cli.command import kiln_command
 _SHELLS = ("bash", "zsh", "fish")
 
 
-@kiln_command("completions")
+@kiln_command(
+    "completions", epilog="For bash:\n\n\b\n  kiln completions bash > ~/.local/share/bash-completion/completions/kiln"
+)
 @click.argument("shell", type=click.Choice(_SHELLS))
 @click.pass_context
 def command(context: click.Context, shell: str) -> int:
-    """Print the completion script for SHELL.
-
-    For bash: kiln completions bash > ~/.local/share/bash-completion/completions/kiln
-    """
+    """Print the completion script for SHELL."""
     kind = get_completion_class(shell)
     assert kind is not None
     click.echo(kind(context.find_root().command, {}, "kiln", "_KILN_COMPLETE").source())

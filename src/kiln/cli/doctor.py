@@ -50,6 +50,7 @@ async def _examined(settings: Settings) -> list[Finding]:
     findings = []
     try:
         async with opened(settings.store) as store:
+            store.local.require_writable()
             findings.append(Finding("ok", "store", f"{settings.store}, {store.castore.scheme.name}"))
     except KilnError as error:
         return [Finding("fails", "store", str(error))]

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from kiln.build.events import Reason
-from kiln.castore.errors import StoreReadOnly
+from kiln.castore.errors import DigestMismatch, StoreReadOnly
 from kiln.errors import (
     Corrupt,
     Denied,
@@ -59,6 +59,13 @@ _KINDS: Mapping[type[KilnError], int] = MappingProxyType(
         KilnError: TROUBLE,
     }
 )
+
+
+def way_out(error: KilnError) -> str:
+    """What to add to the sentence of an error that the command line has a remedy for."""
+    if isinstance(error, DigestMismatch):
+        return "; `kiln store fsck --repair`, on the host the store is on, drops what is damaged"
+    return ""
 
 
 def exit_of_failure(reason: Reason) -> int:

@@ -4,7 +4,7 @@ import asyncio
 import json
 from collections import deque
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Self, TextIO
 
 from kiln.build.events import (
@@ -24,7 +24,7 @@ from kiln.build.wire_json import event_to_json
 from kiln.cli.interrupts import Interrupts
 from kiln.cli.sanitize import Lines, log_text, one_line
 from kiln.cli.view import PHASES, WAITS, View
-from kiln.errors import Denied, KilnError, Unavailable
+from kiln.errors import Denied, Unavailable
 
 TAIL_LINES = 25
 
@@ -40,9 +40,11 @@ class EventsFileUnwritable(Denied):
 class Follower:
     """Shows a build's events, and remembers what its report needs."""
 
-    def __init__(self, view: View, *, echo: Callable[[Event], None] = lambda _: None) -> None:
+    def __init__(self, view: View, *, again: str, echo: Callable[[Event], None] = lambda _: None) -> None:
+        """`again` is the command that follows a build, for when this process cannot any more."""
         self.tail: deque[str] = deque(maxlen=TAIL_LINES)
         self._view = view
+        self._again = again
         self._echo = echo
         self._lines = Lines()
 
@@ -55,8 +57,8 @@ class Follower:
                     self._show(event)
                     if isinstance(event.body, Finished):
                         return event.body
-        except KilnError:
-            self._view.say(f"lost sight of build {build_id}; to follow it again: kiln watch {build_id}")
+        except Unavailable:
+            self._view.say(f"lost sight of build {build_id}; to follow it again: {self._again} {build_id}")
             raise
         finally:
             self._view.ended(build_id)
@@ -111,7 +113,8 @@ class EventsFile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stack.close()
+        with suppress(OSError):  # What could not be written was reported when it was.
+            self._stack.close()
 
     def write(self, event: Event) -> None:
         """Append `event`; whoever reads along sees it at once."""

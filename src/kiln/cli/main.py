@@ -94,13 +94,16 @@ def _exit_of(error: BaseException) -> int:
         case KeyboardInterrupt() | asyncio.CancelledError() | click.Abort():
             _say("cancelled")
             return exits.CANCELLED
+        case click.exceptions.NoArgsIsHelpError():
+            sys.stderr.write(error.format_message() + "\n")
+            return exits.USAGE
         case click.ClickException():
             if isinstance(error, click.UsageError) and error.ctx is not None:
                 sys.stderr.write(error.ctx.get_usage() + "\n")
             _say(one_line(error.format_message()))
             return exits.USAGE
         case KilnError():
-            _say(one_line(str(error)))
+            _say(one_line(str(error)) + exits.way_out(error))
             if os.environ.get("KILN_DEBUG") == "1":
                 traceback.print_exception(error)
             return exits.exit_of_error(error)

@@ -8,8 +8,11 @@ from kiln.build.wire_json import entry_to_json, event_to_json, failure_to_json
 from kiln.cli import exits
 from kiln.cli.nodes import node_text
 from kiln.cli.sanitize import one_line
+from kiln.cli.settings import Settings
 from kiln.cli.units import shown_size, shown_time
 
+# No command was started: there is no log, and nothing is kept.
+_NEVER_RAN = frozenset({Reason.INVALID_REQUEST, Reason.MISSING_INPUT, Reason.UNSATISFIABLE, Reason.DENIED})
 _LISTED = 10  # Of what a failure is about, and then "and N more".
 
 
@@ -42,7 +45,7 @@ def result_lines(request: BuildRequest, success: Success) -> list[str]:
     ]
 
 
-def verdict_lines(build_id: str, finished: Finished, tail: Sequence[str]) -> list[str]:
+def verdict_lines(build_id: str, finished: Finished, tail: Sequence[str], settings: Settings) -> list[str]:
     """How it ended, in sentences; after a failure also why, the end of the log, and how to go on."""
     match finished.verdict:
         case Success(cached=hit) if hit is not None:
@@ -65,7 +68,9 @@ def verdict_lines(build_id: str, finished: Finished, tail: Sequence[str]) -> lis
                     f"the last {len(tail)} lines of its log:" if len(tail) > 1 else "the last line of its log:"
                 )
                 lines += [f"  | {line}" for line in tail]
-            lines += ["to go on:", f"  kiln log {build_id}", f"  kiln shell {build_id}"]
+            if failure.reason not in _NEVER_RAN:
+                words = ["log", "shell"] if settings.builds_here else ["log"]
+                lines += ["to go on:", *(f"  {settings.command(word)} {build_id}" for word in words)]
             return lines
     raise AssertionError(finished.verdict)
 

@@ -1,6 +1,7 @@
 """The global options, which every command takes before and after its name."""
 
 import os
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from kiln.cli.units import Duration, IdRange, Size
 from kiln.server.config import BuilderConfig
 
 _META = "kiln.settings"
+_BUILDER = "bwrap://"
 _PREFIX = "global_"  # Commands have parameters of the same names.
 
 
@@ -20,7 +22,7 @@ class Settings:
     """What the global options say; None where the default is not the command line's to know."""
 
     store: str
-    builder: str = "bwrap://"
+    builder: str = _BUILDER
     json: bool = False
     events: str | None = None
     allow_net: bool = False
@@ -51,6 +53,18 @@ class Settings:
             shell=self.shell,
             salt=self.salt,
         )
+
+    @property
+    def builds_here(self) -> bool:
+        """Whether builds run in this process, and not on a server."""
+        return not self.builder.startswith("grpc+")
+
+    def command(self, words: str) -> str:
+        """How to type another command that finds what this one did."""
+        default = default_store(os.environ, os.getuid())
+        store = [] if self.store == default else ["--store", shlex.quote(self.store)]
+        builder = [] if self.builder == _BUILDER else ["--builder", shlex.quote(self.builder)]
+        return " ".join(["kiln", *store, *builder, words])
 
     @classmethod
     def of(cls, context: click.Context) -> "Settings":
@@ -95,11 +109,11 @@ def global_options() -> Iterable[click.Option]:
         _option("--allow-path", metavar="PATH", multiple=True, help="Policy: builds may ask to see this host path."),
         _option("--uid-range", type=IdRange(), help="Policy: host user ids for builds, when root."),
         _option("--shell", metavar="PATH", help="Policy: the static shell that builds get as /bin/sh."),
-        _option("--slots", type=count, help="Policy: builds at a time (default: the number of CPUs)."),
+        _option("--slots", metavar="N", type=count, help="Policy: builds at a time (default: the number of CPUs)."),
         _option("--max-memory", type=Size(), help="Policy: memory for all builds together (default: 80 % of it)."),
         _option("--max-disk", type=Size(), help="Policy: disk for one build (default: 20G)."),
         _option("--max-log", type=Size(), help="Policy: log of one build (default: 64M)."),
-        _option("--max-processes", type=count, help="Policy: processes of one build (default: 4096)."),
+        _option("--max-processes", metavar="N", type=count, help="Policy: processes of one build (default: 4096)."),
         _option("--max-wall", type=Duration(), help="Policy: the longest a build may take (default: 6h)."),
         _option("--salt", metavar="TEXT", help="Policy: another salt is another cache of results."),
     )

@@ -43,6 +43,7 @@ def command(context: click.Context, build_id: str) -> int:
         async with opened_session(settings) as session:
             info = await session.host.get(build_id, with_request=True)
             if session.sandbox is None:
+                session.store.local.require_writable()
                 raise NotHere(settings.builder)
             ended = info.last.body if info.last is not None else None
             if info.request is None or not isinstance(ended, Finished) or not isinstance(ended.verdict, Failure):

@@ -38,14 +38,14 @@ def command(context: click.Context, build_id: str) -> int:
         if settings.json:
             click.echo(json.dumps(MessageToDict(to_build_info(info))))
         else:
-            for name, value in _facts(info):
+            for name, value in _facts(info, settings):
                 click.echo(f"{name + ':':13}{value}")
         return exits.OK
 
     return run_async(main())
 
 
-def _facts(info: BuildInfo) -> Iterator[tuple[str, str]]:
+def _facts(info: BuildInfo, settings: Settings) -> Iterator[tuple[str, str]]:
     yield "build", info.build_id
     yield "state", state_of(info)
     if info.last is not None:
@@ -65,10 +65,10 @@ def _facts(info: BuildInfo) -> Iterator[tuple[str, str]]:
         if request.constraints.network_access:
             yield "network", "asked for"
     if info.last is not None and isinstance(info.last.body, Finished):
-        yield from _end(info, info.last.body)
+        yield from _end(info, info.last.body, settings)
 
 
-def _end(info: BuildInfo, finished: Finished) -> Iterator[tuple[str, str]]:
+def _end(info: BuildInfo, finished: Finished, settings: Settings) -> Iterator[tuple[str, str]]:
     if finished.builder is not None:
         yield "builder", one_line(f"{finished.builder.url} on {finished.builder.worker}, {finished.builder.contract}")
         for name, why in sorted(finished.builder.weaker.items()):
@@ -83,7 +83,7 @@ def _end(info: BuildInfo, finished: Finished) -> Iterator[tuple[str, str]]:
         yield "unmeasured", one_line(", ".join(usage.unmeasured))
     if finished.log is not None:
         cut = ", cut at its limit" if finished.log_truncated else ""
-        yield "log", f"{shown_size(finished.log.size)}{cut}: kiln log {info.build_id}"
+        yield "log", f"{shown_size(finished.log.size)}{cut}: {settings.command('log')} {info.build_id}"
     match finished.verdict:
         case Success() as success:
             if success.cached is not None:

@@ -15,10 +15,10 @@ from kiln.castore.closure import missing_of_closure
 from kiln.castore.model import DirectoryNode, FileNode, Node, printable
 from kiln.cli import exits
 from kiln.cli.asyncs import run_async
-from kiln.cli.command import KilnCommand, kiln_command
+from kiln.cli.command import KilnCommand, KilnGroup, kiln_command
 from kiln.cli.nodes import descend, node_line, node_text, parse_node
 from kiln.cli.sanitize import one_line
-from kiln.cli.settings import Settings, global_options
+from kiln.cli.settings import Settings
 from kiln.cli.stores import opened, opened_local, parse_store
 from kiln.cli.units import shown_size, shown_time
 from kiln.errors import Precondition
@@ -174,6 +174,9 @@ def _fsck(context: click.Context, repair: bool) -> int:
         for found in damage:
             done = " (repaired)" if found.repaired else ""
             click.echo(one_line(f"{found.what}: {found.why}{done}"), err=settings.json)
+        if any(not found.repaired for found in damage):
+            remedy = settings.command("store fsck --repair")
+            click.echo(f"kiln: to drop what is damaged, so that it can be had again: {remedy}", err=True)
         return exits.FAILED if damage else exits.OK
 
     return run_async(main())
@@ -202,10 +205,6 @@ def _du(context: click.Context) -> int:
 
 _COMMANDS: tuple[KilnCommand, ...] = (_import, _export, _ls, _cat, _stat, _fsck, _du)
 
-command = click.Group(  # The name by which `kiln.cli.main` finds it.
-    "store",
-    commands=_COMMANDS,
-    params=list(global_options()),
-    help="Import, export, list and check content. A NODE is the JSON of an Entry, or a digest.",
-    no_args_is_help=True,
+command = KilnGroup(  # The name by which `kiln.cli.main` finds it.
+    "store", _COMMANDS, help="Import, export, list and check content. A NODE is the JSON of an Entry, or a digest."
 )

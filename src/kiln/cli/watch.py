@@ -18,7 +18,9 @@ from kiln.cli.view import shown
 
 @kiln_command("watch")
 @click.argument("build_id", metavar="ID")
-@click.option("--after", "after_seq", type=click.IntRange(min=0), default=0, help="Only events after this number.")
+@click.option(
+    "--after", "after_seq", metavar="SEQ", type=click.IntRange(min=0), default=0, help="Only events after this number."
+)
 @click.pass_context
 def command(context: click.Context, build_id: str, after_seq: int) -> int:
     """Follow a build to its end; the exit code is that of its verdict. With --json, its events, one a line.
@@ -39,9 +41,9 @@ def command(context: click.Context, build_id: str, after_seq: int) -> int:
                         sys.stdout.flush()
 
                 with shown() as view:
-                    follower = Follower(view, echo=echo)
+                    follower = Follower(view, again=settings.command("watch"), echo=echo)
                     finished = await follower.follow(session.host, full_id, after_seq=after_seq)
-        for line in verdict_lines(full_id, finished, follower.tail):
+        for line in verdict_lines(full_id, finished, follower.tail, settings):
             click.echo(line, err=True)
         return exit_of(finished)
 

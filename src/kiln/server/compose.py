@@ -88,6 +88,10 @@ class _Backend:
 @asynccontextmanager
 async def _here(config: BuilderConfig, url: Url, store: LocalStore) -> AsyncIterator[Composition]:
     """Host(cached(deduplicated(limited(backend))))."""
+    if not store.writable:  # What was built can still be looked at; a new build is refused as it is submitted.
+        async with Host(DummyBuilder(store.scheme.name), store, Keys(store.scheme)) as host:
+            yield Composition(host)
+        return
     machine = detect_host()
     policy = policy_of(config, machine)
     store_id = id_of(store)

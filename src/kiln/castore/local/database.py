@@ -1,5 +1,6 @@
 """db.sqlite: the scheme, directories, results by cache key, build records."""
 
+import os
 import sqlite3
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,6 +11,8 @@ from typing import Any
 from kiln.castore.errors import StoreBusy, StoreCorrupt, StoreFull, StoreReadOnly
 
 _BUSY_TIMEOUT_S = 30.0
+# The WAL's shared memory is a file of 32 KiB: where it cannot be made, SQLite says "disk I/O error", not "full".
+_ROOM_BYTES_MIN = 64 * 1024
 _VARIABLES_PER_QUERY = 500  # SQLite before 3.32 took 999.
 _SCHEMA = """
 create table if not exists meta (key text primary key, value text not null) without rowid;
@@ -95,6 +98,8 @@ class Database:
         match None if code is None else code & 0xFF:  # The rest of the bits say in which operation.
             case sqlite3.SQLITE_FULL:
                 return StoreFull(self._store, str(error))
+            case sqlite3.SQLITE_IOERR if _room_bytes(self._store) < _ROOM_BYTES_MIN:
+                return StoreFull(self._store, "no space left on its file system")
             case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
                 return StoreBusy(self._store)
             case sqlite3.SQLITE_READONLY | sqlite3.SQLITE_CANTOPEN | sqlite3.SQLITE_PERM:
@@ -102,6 +107,12 @@ class Database:
             case _:
                 remedy = "move it away and import again: blobs stay, directories and results are made anew"
                 return StoreCorrupt(self.path, str(error), remedy)
+
+
+def _room_bytes(path: str) -> int:
+    """How much the file system of `path` still takes from this user."""
+    status = os.statvfs(path)
+    return status.f_bavail * status.f_frsize
 
 
 def _connect(path: str, *, writable: bool) -> sqlite3.Connection:

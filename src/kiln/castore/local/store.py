@@ -70,7 +70,7 @@ class LocalStore:
         self._trees_fd = os.open(os.path.join(path, "trees"), DIRECTORY)
         self._files = StoreFiles(self._blobs_fd, self._trees_fd, -1, "")  # For reading.
         self.blobs = LocalBlobs(self._files, scheme, path, self._writer, strict=strict)
-        self.directories = LocalDirectories(database, scheme, self._require_writable)
+        self.directories = LocalDirectories(database, scheme, self.require_writable)
         self.results = Results(database)
         self.builds = Builds(database)
 
@@ -123,6 +123,11 @@ class LocalStore:
         self._database.close()
         os.close(self._blobs_fd)
         os.close(self._trees_fd)
+
+    @property
+    def writable(self) -> bool:
+        """Whether more than reading is possible here."""
+        return self._writable
 
     async def stage(self, nodes: Sequence[DirectoryNode | FileNode]) -> list[str]:
         """For each node a path to bind: its tree, its blob, or the blob's executable twin.
@@ -178,14 +183,14 @@ class LocalStore:
     async def export(self, node: Node, destination: str) -> None:
         """Write `node` as plain, writable files, replacing what stands at `destination` at the very end.
 
-        Raises ContentMissing, ExportFailed, ExportFull; the destination is then as it was.
+        Raises ContentMissing, DigestMismatch, ExportFailed, ExportFull; the destination is then as it was.
         """
         await _in_thread(self._export, node, destination)
 
     async def fsck(self, *, repair: bool = False) -> list[Damage]:
         """Check everything there is against its digest; with `repair`, drop what is damaged."""
         if repair:
-            self._require_writable()
+            self.require_writable()
         with store_trouble(self.path):
             files = self._writer() if repair else self._files
             return await _in_thread(check, files, self._database, self.scheme, repair=repair)
@@ -194,14 +199,16 @@ class LocalStore:
         """How much the store holds."""
         return await asyncio.to_thread(disk_usage, self.path)
 
-    def _require_writable(self) -> None:
+    def require_writable(self) -> None:
+        """Raise StoreReadOnly where this store can only be read."""
         if not self._writable:
-            raise StoreReadOnly(self.path, "it was opened read-only")
+            why = "its file system is read-only" if os.statvfs(self.path).f_flag & os.ST_RDONLY else "permission denied"
+            raise StoreReadOnly(self.path, why)
 
     def _open_session(self) -> Session:
         with self._session_lock:
             if self._session is None:
-                self._require_writable()
+                self.require_writable()
                 with _locked(os.path.join(self.path, "tmp")) as tmp:
                     self._session = Session(tmp, boot=boot_id())
             return self._session
@@ -308,7 +315,7 @@ class LocalStore:
 
     def _export(self, node: Node, destination: str) -> None:
         try:
-            export(node, destination, self.directories.read, self._files)
+            export(node, destination, self.directories.read, self._files, self.scheme)
         except (FileNotFoundError, DirectoryNotFound):
             self._raise_missing([node])
             raise

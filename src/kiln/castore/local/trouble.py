@@ -7,6 +7,13 @@ from errno import EACCES, EDQUOT, ENOSPC, EPERM, EROFS
 from kiln.castore.errors import StoreFull, StoreReadOnly
 
 
+def host_trouble(error: OSError, store: str) -> str:
+    """A sentence for an error of the host in the middle of a build over `store`."""
+    if error.errno in {ENOSPC, EDQUOT}:
+        return str(StoreFull(store, str(error.strerror)))
+    return f"the host failed: {error}"
+
+
 @contextmanager
 def store_trouble(store: str) -> Iterator[None]:
     """Turn OSErrors about room and permissions into errors that name the store; the others pass."""
