@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 
 from kiln.castore.checkout import check_out
+from kiln.castore.errors import DigestMismatch, EntriesTooMany
+from kiln.castore.local.files import blob_name
 from kiln.castore.local.store import LocalStore
 from kiln.castore.model import Directory, DirectoryNode, FileNode
 
@@ -45,10 +47,10 @@ async def test_whoever_comes_second_drops_its_own_tree(store: LocalStore) -> Non
     def read(digest: Any) -> Directory:
         if not overtaken:  # Somebody else begins later, and finishes first.
             overtaken.append(digest)
-            check_out(node.digest, store.directories.read, store._writer())
+            check_out(node.digest, store.directories.read, store._writer(), store.scheme)
         return store.directories.read(digest)
 
-    check_out(node.digest, read, files)
+    check_out(node.digest, read, files, store.scheme)
     assert overtaken
     assert os.listdir(store.tmp_dir) == ["since"]
     assert await store.fsck() == []
@@ -60,3 +62,28 @@ async def test_a_staged_tree_is_made_once(store: LocalStore) -> None:
     inode = os.stat(first).st_ino
     assert await store.stage([node] * 500) == [first] * 500
     assert os.stat(first).st_ino == inode
+
+
+async def test_a_damaged_blob_gets_into_no_tree(store: LocalStore) -> None:
+    node = await planted(store)
+    blob = store.directories.read(node.digest).get(b"a")
+    assert isinstance(blob, FileNode)
+    path = Path(store.path, "blobs", blob_name(blob.digest.raw))
+    path.chmod(0o644)
+    path.write_bytes(b"CONTENTS")
+    with pytest.raises(DigestMismatch, match=str(blob.digest)):
+        await store.stage([node])
+    with pytest.raises(DigestMismatch, match=str(blob.digest)):  # An executable twin is made from it first.
+        await store.stage([FileNode(blob.digest, blob.size, executable=True)])
+    assert os.listdir(store.tmp_dir) == ["since"]
+
+
+async def test_a_few_directories_do_not_fill_the_disk(store: LocalStore) -> None:
+    directory = Directory()
+    for _ in range(40):  # 2^41 directories, written out.
+        digest = await store.directories.put([directory])
+        below = DirectoryNode(digest, store.scheme.size_of(directory))
+        directory = Directory.of([(b"a", below), (b"b", below)])
+    with pytest.raises(EntriesTooMany, match=str(below.digest)):
+        await store.stage([below])
+    assert os.listdir(store.tmp_dir) == ["since"]

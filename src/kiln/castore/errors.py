@@ -176,6 +176,15 @@ class SchemeDiffers(Precondition):
         self.wanted = wanted
 
 
+class EntriesTooMany(Exhausted):
+    """A tree has more entries than are written out: directories may share what is below them, files on disk do not."""
+
+    def __init__(self, digest: Digest, *, entries_max: int) -> None:
+        super().__init__(f"the tree of directory {digest} has more than {entries_max} entries")
+        self.digest = digest
+        self.entries_max = entries_max
+
+
 class DirectoryTooLarge(Exhausted):
     """A directory's message is larger than who should take it accepts."""
 

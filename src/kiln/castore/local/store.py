@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from threading import Event, Lock
 from typing import Literal, TypeVar
 
-from kiln.castore.checkout import check_out, keep_tree
+from kiln.castore.checkout import check_contents, check_out, keep_tree
 from kiln.castore.dirfd import DIRECTORY, remove_tree
 from kiln.castore.errors import (
     ContentMissing,
@@ -132,7 +132,9 @@ class LocalStore:
     async def stage(self, nodes: Sequence[DirectoryNode | FileNode]) -> list[str]:
         """For each node a path to bind: its tree, its blob, or the blob's executable twin.
 
-        All are sealed as the contract wants it. Raises ContentMissing with everything that is missing from all nodes.
+        All are sealed as the contract wants it, and what a tree is made from is verified; what was staged before is
+        not read again. Raises ContentMissing with everything that is missing from all nodes, DigestMismatch,
+        EntriesTooMany.
         """
         paths = []
         absent = []
@@ -246,9 +248,12 @@ class LocalStore:
             try:
                 for node in nodes:
                     if isinstance(node, DirectoryNode):
-                        check_out(node.digest, self.directories.read, files)
+                        check_out(node.digest, self.directories.read, files, self.scheme)
                     else:
                         files.twin(node.digest.raw, node.executable)
+                        check_contents(
+                            blob_name(node.digest.raw, node.executable), files.blobs, node.digest, self.scheme
+                        )
             except (FileNotFoundError, DirectoryNotFound):
                 self._raise_missing(nodes)
                 raise
