@@ -99,6 +99,29 @@ class TestDoBuild:
         assert [list(found.needles) for found in answer.outputs] == [[0], [1]]
         assert {found.output.symlink.name for found in answer.outputs} == {b""}
 
+    @pytest.mark.parametrize("scheme", [BLAKE3_DOUBLED, BLAKE3_DOCUMENTED], ids=str)
+    async def test_a_strict_server_refuses_outputs_that_are_out_of_order(
+        self, scheme: Scheme, serve_builds: ServeBuilds
+    ) -> None:
+        def call(served: Any, *outputs: str) -> Any:
+            if scheme is BLAKE3_DOUBLED:
+                return SnixStub(served.channel).DoBuild(request(outputs=[f"build/{name}" for name in outputs]))
+            asked = tvix.BuildRequest(command_args=["/bin/true"], store_dir="/store", outputs=outputs)
+            return TvixStub(served.channel).DoBuild(asked)
+
+        async with serve_builds(links, scheme=scheme, strict=True) as served:
+            await call(served, "a", "b")
+            error = await refused(call(served, "b", "a"))
+            submission = build_pb2.Submission(request=request(outputs=["build/b", "build/a"]))
+            streamed = await refused(served.kiln.Build(submission).read())
+        for refusal in (error, streamed):
+            found = failure_of(refusal)
+            assert found is not None
+            assert (refusal.code(), found.detail) == (
+                Code.INVALID_ARGUMENT,
+                FieldDetail("outputs", 1, "outputs-sorted"),
+            )
+
     async def test_the_build_id_is_there_before_the_answer(self, serve_builds: ServeBuilds) -> None:
         async with serve_builds(forever) as served:
             # As a stream, for gRPC's Python shows the headers of others only with their answer.

@@ -5,13 +5,11 @@ import secrets
 from collections.abc import Callable
 from errno import EDQUOT, EEXIST, EISDIR, ENOENT, ENOSPC, ENOTDIR, ENOTEMPTY
 
-from kiln.castore.checkout import Place, write_tree
+from kiln.castore.checkout import Place, check_contents, write_tree
 from kiln.castore.dirfd import DIRECTORY, remove_tree
-from kiln.castore.errors import DigestMismatch, ExportFailed, ExportFull
+from kiln.castore.errors import ExportFailed, ExportFull
 from kiln.castore.local.files import StoreFiles
 from kiln.castore.model import Digest, Directory, DirectoryNode, FileNode, Node, Scheme, SymlinkNode
-
-_CHUNK_BYTES = 1 << 20
 
 
 def export(
@@ -28,7 +26,7 @@ def export(
             os.symlink(node.target, name, dir_fd=dir_fd)
         else:
             files.copy_into(node.digest.raw, name, dir_fd, 0o755 if node.executable else 0o644, sealed=False)
-            _verify(name, dir_fd, node.digest, scheme)
+            check_contents(name, dir_fd, node.digest, scheme)
 
     parent, name = os.path.split(os.fsencode(destination.rstrip("/")))
     if name in {b"", b".", b".."}:
@@ -62,20 +60,6 @@ def _write(node: Node, name: bytes, dir_fd: int, read: Callable[[Digest], Direct
     os.mkdir(name, 0o755, dir_fd=dir_fd)
     root = os.open(name, DIRECTORY, dir_fd=dir_fd)
     write_tree(root, directory, read, place, lambda descriptor: os.fchmod(descriptor, 0o755))
-
-
-def _verify(name: bytes, dir_fd: int, digest: Digest, scheme: Scheme) -> None:
-    """The kernel copied the bytes without our seeing them: nothing leaves the store whose digest does not match."""
-    hasher = scheme.new_hasher()
-    descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
-    try:
-        while chunk := os.read(descriptor, _CHUNK_BYTES):
-            hasher.update(chunk)
-    finally:
-        os.close(descriptor)
-    found = Digest(hasher.digest())
-    if found != digest:
-        raise DigestMismatch(wanted=digest, found=found, what="blob")
 
 
 def _replace(temporary: bytes, name: bytes, replaced: bytes, dir_fd: int) -> None:

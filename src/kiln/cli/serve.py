@@ -34,6 +34,7 @@ _DRAIN_S = 3600.0
 @click.option("--tls-client-ca", metavar="FILE", help="Only clients with a certificate of this authority, PEM.")
 @click.option("--token-file", metavar="FILE", help="Only https clients that send the token in this file.")
 @click.option("--insecure-tcp", is_flag=True, help="Allow http://, and https:// to anybody.")
+@click.option("--strict", is_flag=True, help="Refuse requests whose outputs are not sorted, as Snix does.")
 @click.option(
     "--drain",
     "drain_s",
@@ -51,6 +52,7 @@ def command(
     tls_client_ca: str | None,
     token_file: str | None,
     insecure_tcp: bool,
+    strict: bool,
     drain_s: float,
 ) -> int:
     """Offer builder and store by gRPC: kiln's own protocol, Snix's or tvix's, health and reflection.
@@ -71,7 +73,7 @@ def command(
         with interrupts() as interrupted:
             async with opened_session(settings) as session:
                 castore = session.far or session.store.castore
-                async with serving(session.host, castore, addresses, security, log=_log()) as server:
+                async with serving(session.host, castore, addresses, security, log=_log(), strict=strict) as server:
                     _announce(server, settings)
                     await _until_stopped(server, interrupted, drain_s=drain_s)
         return exits.OK

@@ -11,6 +11,7 @@ from kiln.aio import closing
 from kiln.build.errors import RequestInvalid
 from kiln.build.service import BuildHost
 from kiln.build.unary_status import invalid_request
+from kiln.build.validate import check_outputs_sorted
 from kiln.build.wire_events import to_event
 from kiln.build.wire_host import to_build_info, to_capabilities
 from kiln.build.wire_submission import from_submission
@@ -32,9 +33,9 @@ class FeatureUnknown(Precondition):
         self.names = names
 
 
-def kiln_handlers(host: BuildHost) -> grpc.GenericRpcHandler:
-    """The service."""
-    servicer = KilnBuildServicer(host)
+def kiln_handlers(host: BuildHost, *, strict: bool) -> grpc.GenericRpcHandler:
+    """The service. `strict`: as Snix does, refuse outputs that are out of order."""
+    servicer = KilnBuildServicer(host, strict=strict)
 
     def answering(method: Callable[[bytes], Awaitable[Message]]) -> "grpc.RpcMethodHandler[bytes, bytes]":
         async def answer(data: bytes, _context: Context) -> bytes:
@@ -64,8 +65,9 @@ class KilnBuildServicer:
     generator happens to be collected.
     """
 
-    def __init__(self, host: BuildHost) -> None:
+    def __init__(self, host: BuildHost, *, strict: bool) -> None:
         self._host = host
+        self._strict = strict
 
     async def capabilities(self, _data: bytes) -> build_pb2.CapabilitiesReply:
         """What can be asked here, and how large a message may be."""
@@ -77,6 +79,8 @@ class KilnBuildServicer:
         message = parsed(build_pb2.Submission, data)
         try:
             submission = from_submission(message)
+            if self._strict:
+                check_outputs_sorted(submission.request)
         except RequestInvalid as error:
             await refuse(context, invalid_request(error))
         if submission.must_understand:

@@ -81,9 +81,11 @@ async def serving(
     *,
     log: logging.Logger,
     calls_max: int = CALLS_MAX,
+    strict: bool = False,
 ) -> AsyncIterator[Serving]:
     """Offer `host` and the castore it builds from at `addresses`, for as long as the block.
 
+    `strict`: as Snix does, refuse requests whose outputs are out of order.
     Clients find an address only once it answers. Raises CannotListen, CredentialsUnreadable.
     """
     calls = BoundedCalls(calls_max=calls_max)
@@ -91,7 +93,11 @@ async def serving(
     names = _services(castore.scheme)
     for name in names:
         await health.set(name, health_pb2.HealthCheckResponse.SERVING)
-    handlers = (kiln_handlers(host), *unary_handlers(host, castore.scheme), *castore_handlers(castore))
+    handlers = (
+        kiln_handlers(host, strict=strict),
+        *unary_handlers(host, castore.scheme, strict=strict),
+        *castore_handlers(castore),
+    )
     offered = Serving(host, health, calls)
     async with AsyncExitStack() as stack:
         for url in addresses:

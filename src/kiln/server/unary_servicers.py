@@ -12,6 +12,7 @@ from kiln.build.events import Failure, Finished, Success
 from kiln.build.model import BuildOptions, BuildRequest
 from kiln.build.service import BuildHost
 from kiln.build.unary_status import invalid_request
+from kiln.build.validate import check_outputs_sorted
 from kiln.build.wire import from_request, to_response
 from kiln.build.wire_tvix import from_tvix_request, to_build
 from kiln.castore.model import BLAKE3_DOCUMENTED, BLAKE3_DOUBLED, Scheme
@@ -29,12 +30,15 @@ class NoVerdict(Unavailable):
         self.build_id = build_id
 
 
-def unary_handlers(host: BuildHost, scheme: Scheme) -> tuple[grpc.GenericRpcHandler, ...]:
-    """The service that goes with a castore of `scheme`; none where no protocol does."""
+def unary_handlers(host: BuildHost, scheme: Scheme, *, strict: bool) -> tuple[grpc.GenericRpcHandler, ...]:
+    """The service that goes with a castore of `scheme`; none where no protocol does.
+
+    `strict`: as Snix does, refuse outputs that are out of order. Its own client sends them so.
+    """
     if scheme is BLAKE3_DOUBLED:
-        package, do_build = "snix.build.v1", SnixBuildServicer(host).do_build
+        package, do_build = "snix.build.v1", SnixBuildServicer(host, strict=strict).do_build
     elif scheme is BLAKE3_DOCUMENTED:
-        package, do_build = "tvix.build.v1", TvixBuildServicer(host).do_build
+        package, do_build = "tvix.build.v1", TvixBuildServicer(host, strict=strict).do_build
     else:
         return ()
     methods: dict[str, grpc.RpcMethodHandler[bytes, bytes]]
@@ -45,14 +49,17 @@ def unary_handlers(host: BuildHost, scheme: Scheme) -> tuple[grpc.GenericRpcHand
 class SnixBuildServicer:
     """snix.build.v1.BuildService."""
 
-    def __init__(self, host: BuildHost) -> None:
+    def __init__(self, host: BuildHost, *, strict: bool) -> None:
         self._host = host
+        self._strict = strict
 
     async def do_build(self, data: bytes, context: Context) -> bytes:
         """The outputs, in the order of the request."""
         message = parsed(build_pb2.BuildRequest, data)
         try:
             request = from_request(message)
+            if self._strict:
+                check_outputs_sorted(request)
         except RequestInvalid as error:
             await refuse(context, invalid_request(error))
         success = await _built(self._host, request, context)
@@ -62,14 +69,17 @@ class SnixBuildServicer:
 class TvixBuildServicer:
     """tvix.build.v1.BuildService."""
 
-    def __init__(self, host: BuildHost) -> None:
+    def __init__(self, host: BuildHost, *, strict: bool) -> None:
         self._host = host
+        self._strict = strict
 
     async def do_build(self, data: bytes, context: Context) -> bytes:
         """The request as it came, and the outputs by name."""
         message = parsed(tvix_build_pb2.BuildRequest, data)
         try:
             request = from_tvix_request(message)
+            if self._strict:
+                check_outputs_sorted(request)
         except RequestInvalid as error:
             await refuse(context, invalid_request(error))
         success = await _built(self._host, request, context)
