@@ -110,6 +110,30 @@ def test_the_file_at_the_end_of_a_long_path_is_named(kiln: Run, tmp_path: Path) 
     assert "directory/the-fifo" in outcome.said
 
 
+@pytest.mark.parametrize("typed", ["tree", "tree/", "./tree/same"])
+def test_what_cannot_be_imported_is_named_by_its_whole_path(kiln: Run, tmp_path: Path, typed: str) -> None:
+    (tmp_path / "tree").mkdir()
+    os.mkfifo(tmp_path / "tree" / "same")
+    outcome = kiln("store", "import", typed)
+    assert outcome.code == 3, outcome.said
+    assert "tree/same" in outcome.said
+    assert kiln("run", "-i", f"x={typed}", "--", "/x").said == outcome.said
+
+
+def test_nothing_is_not_the_working_directory(kiln: Run) -> None:
+    assert kiln("store", "import", "").code == 4
+
+
+def test_a_host_without_bubblewrap_can_build_nothing(
+    kiln: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    outcome = kiln(*FAILS)
+    assert outcome.code == 4, outcome.said
+    assert "install bubblewrap" in outcome.said
+    assert kiln("doctor").code == 1
+
+
 def test_what_never_ran_has_no_log_to_go_on_with(kiln: Run) -> None:
     outcome = kiln("run", "--net", "--", "/bin/true")
     assert outcome.code == 4

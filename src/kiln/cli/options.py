@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 import click
 
 from kiln.build.model import BuildOptions, CacheUse
-from kiln.castore.errors import IngestNotFound
 from kiln.cli.assemble import Asked
 from kiln.cli.nodes import is_node_text, parse_node
 from kiln.cli.stores import OpenStore
@@ -133,10 +132,8 @@ class Requesting:
         for name, value in self.inputs:
             if is_node_text(value):
                 node = await parse_node(value, store.castore)
-            elif value:
-                node = (await store.ingest(value)).node
             else:
-                raise IngestNotFound(b"")
+                node = (await store.ingest(value)).node
             inputs.append((os.fsencode(name), node))
         return Asked(
             command=self.command,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from kiln.castore.backends import BACKENDS
 from kiln.castore.castore import Castore
 from kiln.castore.closure import copy_closure
+from kiln.castore.errors import IngestChanged, IngestDenied, IngestNotFound, IngestRefused
 from kiln.castore.local.store import Ingested, LocalStore
 from kiln.castore.model import SCHEMES, Node, Scheme
 from kiln.castore.registry import CastoreRegistry
@@ -24,8 +25,16 @@ class OpenStore:
     elsewhere: bool
 
     async def ingest(self, path: str) -> Ingested:
-        """Import `path`; see `LocalStore.ingest`."""
-        found = await self.local.ingest(path)
+        """Import `path`; see `LocalStore.ingest`. Errors name the whole path of what they are about."""
+        if not path:
+            raise IngestNotFound(b"")
+        root = os.path.join(os.getcwd(), path)
+        try:
+            found = await self.local.ingest(root)
+        except (IngestDenied, IngestRefused) as error:
+            raise type(error)(os.path.join(os.fsencode(root), error.path), error.why) from error
+        except IngestChanged as error:
+            raise IngestChanged(os.path.join(os.fsencode(root), error.path)) from error
         if self.elsewhere:
             await copy_closure([found.node], castore_of(self.local), self.castore)
         return found

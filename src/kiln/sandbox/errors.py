@@ -1,6 +1,6 @@
 """What can go wrong with a sandbox, apart from the build in it."""
 
-from kiln.errors import NotFound, Unavailable, Usage
+from kiln.errors import NotFound, Precondition, Unavailable
 
 
 class LaunchFailed(Unavailable):
@@ -14,7 +14,7 @@ class LauncherGone(Unavailable):
         super().__init__("the launcher process ended unexpectedly, and with it every running build")
 
 
-class RuntimeMissing(Usage):
+class RuntimeMissing(Precondition):
     """A program that a builder needs is not installed."""
 
 
@@ -22,7 +22,7 @@ class UidsExhausted(Unavailable):
     """All host uids of the range are in use."""
 
 
-class ShellMissing(Usage):
+class ShellMissing(Precondition):
     """No static shell was found on the host."""
 
     def __init__(self) -> None:
