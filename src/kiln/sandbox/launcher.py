@@ -14,6 +14,7 @@ from typing import Any
 from kiln.sandbox.errors import LauncherGone, LaunchFailed
 
 _REPORT_BYTES_MAX = 65536
+_PATIENCE_S = 30.0  # Longer than anything for which the launcher process ever pauses (a network that comes up: 10 s).
 # -I: nothing of the caller's environment or directory; -S: no site-packages, which would cost more than all the rest.
 _PROGRAM = "import sys; sys.path.append(sys.argv.pop(1)); from kiln.sandbox.launcher_process import main; main()"
 
@@ -74,11 +75,25 @@ class Launch:
         """Done once the runtime was let go; raises LaunchFailed."""
         self.ended: asyncio.Future[Ended] = loop.create_future()
         """Done once nothing of it is left; raises LaunchFailed or LauncherGone."""
+        self._patience: asyncio.TimerHandle | None = None
 
     def kill(self) -> None:
-        """End all its processes; `ended` tells when that is done."""
-        if not self.ended.done():
-            self._launcher.send({"order": "kill", "id": self._number}, [])
+        """End all its processes; `ended` tells when that is done.
+
+        A launcher process that does not obey in time is ended itself.
+        """
+        if self.ended.done():
+            return
+        self._launcher.send({"order": "kill", "id": self._number}, [])
+        if self._patience is None:
+            loop = asyncio.get_running_loop()
+            self._patience = loop.call_later(self._launcher.patience_s, self._launcher.give_up)
+            self.ended.add_done_callback(lambda _: self.obeyed())
+
+    def obeyed(self) -> None:
+        """The launcher process has taken the order to kill."""
+        if self._patience is not None:
+            self._patience.cancel()
 
     def fail(self, error: Exception) -> None:
         """Both futures raise `error`; whoever waits for neither is not warned of that."""
@@ -91,7 +106,8 @@ class Launch:
 class Launcher:
     """The one launcher process of this kiln process; started on first use, and again should it ever die."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, patience_s: float = _PATIENCE_S) -> None:
+        self.patience_s = patience_s
         self._socket: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._launches: dict[int, Launch] = {}
@@ -182,6 +198,11 @@ class Launcher:
             launch.fail(LauncherGone())
         return launch
 
+    def give_up(self) -> None:
+        """End a launcher process that hangs; its builds end with it."""
+        if self._socket is not None:
+            self._on_gone()
+
     def send(self, head: Mapping[str, Any], descriptors: Sequence[int]) -> None:
         """Send one order."""
         if self._socket is None:
@@ -212,6 +233,8 @@ class Launcher:
             case "running":
                 if not launch.running.done():
                     launch.running.set_result(None)
+            case "killed":
+                launch.obeyed()
             case "failed":
                 del self._launches[report["id"]]
                 launch.fail(LaunchFailed(report["message"]))

@@ -10,7 +10,7 @@ Orders and reports are JSON on a seqpacket socket. An order's body travels in a 
     {"order": "dismiss", "standby": number}
     {"order": "launch"}, and in the body {"id", "standby", "argv", "descriptors": [target, …], "attach": […], …}
     {"order": "kill", "id"}
-    report: {"id", "event": "running" | "failed" | "ended", …}
+    report: {"id", "event": "running" | "killed" | "failed" | "ended", …}
 
 How the root is completed. bwrap is given one last file to copy whose contents come through a pipe of one slot. The pipe
 becomes writable at the moment bwrap reads from it; until the pipe is closed, bwrap waits, its new root assembled at
@@ -45,6 +45,7 @@ _DESCRIPTORS_MAX = 16
 _DESCRIPTORS_END = 1 << 20
 _F_SETPIPE_SZ = 1031
 _ONE_SLOT = 4096
+_COMPANION_READY_S = 10
 _NEW_ROOT = b"/newroot"
 _OLD_ROOT = b"/oldroot"
 _IN_THE_ROOTS_TMPFS = frozenset({"dir", "file", "link", "remove"})
@@ -174,6 +175,7 @@ class LauncherProcess:
                 case "kill":
                     if (build := self.builds.get(head["id"])) is not None:
                         build.kill()
+                        self.report(id=build.id, event="killed")
                 case "launch":
                     self.launch(_read_order(descriptors[0]), descriptors)
         finally:
@@ -184,9 +186,10 @@ class LauncherProcess:
         """Fork the process of a build to come, which joins its control groups and waits there for its order."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         trouble, trouble_writer = os.pipe()
+        launcher = os.getpid()
         pid = os.fork()
         if pid == 0:
-            _await_order(theirs, trouble_writer, groups)
+            _await_order(theirs, trouble_writer, groups, launcher)
         theirs.close()
         os.close(trouble_writer)
         self.standbys[number] = standby = Standby(pid, ours, trouble)
@@ -227,7 +230,8 @@ class LauncherProcess:
 
     def on_pause(self, build: Build) -> None:
         """The runtime waits with its root assembled: complete it, then let the runtime go on."""
-        assert build.pause is not None
+        if build.pause is None:
+            return  # It ended, and `on_exit` came first.
         self.selector.unregister(build.pause)
         if not _is_awaited(build.pause):
             build.drop_pause()  # The runtime ended before it came this far; `on_exit` tells of that.
@@ -286,19 +290,31 @@ class LauncherProcess:
             os.close(ready_writer)
             build.companions.append(pid)
             with os.fdopen(ready, "rb") as reader:
+                if not select.select([reader], [], [], _COMPANION_READY_S)[0]:
+                    raise OSError(f"{argv[0]} was not ready within {_COMPANION_READY_S} s: {' '.join(argv)}")
                 if not reader.read(1):
                     raise OSError(f"{argv[0]} ended before it was ready: {' '.join(argv)}")
 
     def on_exit(self, build: Build) -> None:
-        """The runtime is gone, so the command is; end what it left running and say how it went."""
+        """The runtime is gone, so the command is; end what it left running. Others go on while that dies."""
+        self.selector.unregister(build.pidfd)
         if build.pause is not None:
             self.selector.unregister(build.pause)
         build.kill()
+        build.drop_pause()
+        if build.init_pidfd is None:
+            self.reap(build)
+        else:
+            self.selector.register(build.init_pidfd, selectors.EVENT_READ, lambda: self.on_init_exit(build))
+
+    def on_init_exit(self, build: Build) -> None:
+        """The sandbox's first process is gone, and before it all others in there."""
+        assert build.init_pidfd is not None
+        self.selector.unregister(build.init_pidfd)
         self.reap(build)
 
     def reap(self, build: Build) -> None:
-        """Wait until every process of the build is gone, and report the end."""
-        self.selector.unregister(build.pidfd)
+        """Wait until every process of the build is gone, and say how it went."""
         _, status, used = os.wait4(build.pid, 0)
         spent = [used.ru_utime, used.ru_stime, used.ru_maxrss]
         build.find_init()
@@ -353,32 +369,33 @@ def _is_awaited(pipe: int) -> bool:
     return not any(events & select.POLLERR for _, events in poll.poll(0))
 
 
-def _await_order(launcher: socket.socket, trouble: int, groups: list[str]) -> NoReturn:
+def _await_order(orders: socket.socket, trouble: int, groups: list[str], launcher: int) -> NoReturn:
     """In the new process: join the control groups ahead of time, for the kernel makes that wait; then take an order."""
     try:
         # Whatever else the launcher had open is not ours; a pause held open here would never end.
-        ours = sorted((launcher.fileno(), trouble))
+        ours = sorted((orders.fileno(), trouble))
         for low, high in itertools.pairwise((2, *ours, _DESCRIPTORS_END)):
             os.closerange(low + 1, high)
         for group in groups:
             with open(group, "w") as processes:
                 processes.write("0")
-        message, descriptors = _receive(launcher)
+        mounts.leave_session_keyring()
+        message, descriptors = _receive(orders)
         if not message:
             os._exit(0)
-        launcher.close()
+        orders.close()
         order = _read_order(descriptors[0])
         pause = [order["pause"]["descriptor"]] if "pause" in order else []
         targets = [*order["descriptors"], order["status"], *pause]
-        _become(order, dict(zip(targets, descriptors[1:], strict=True)), trouble)
+        _become(order, dict(zip(targets, descriptors[1:], strict=True)), trouble, launcher)
     except BaseException as error:  # noqa: BLE001  # Whatever it is, it must not run on as a second launcher.
         with contextlib.suppress(OSError):  # Dismissed meanwhile, its group is gone, and nobody wants to know.
             os.write(trouble, str(error).encode(errors="replace"))
     os._exit(127)
 
 
-def _become(order: Order, inherited: Mapping[int, int], trouble: int) -> NoReturn:
-    """Take on the build's limits and ids and become the runtime."""
+def _become(order: Order, inherited: Mapping[int, int], trouble: int, launcher: int) -> NoReturn:
+    """Take on the build's limits and ids and become the runtime; what is in the way goes to `trouble`."""
     try:
         # Out of the way of the targets first: a source may have the number of another's target.
         floor = max(*inherited, *inherited.values(), trouble) + 1
@@ -403,20 +420,28 @@ def _become(order: Order, inherited: Mapping[int, int], trouble: int) -> NoRetur
             os.setresuid(order["uid"], order["uid"], order["uid"])
         mounts.set_personality(order["personality"])
         os.chdir("/")
+        mounts.die_with_parent(signal.SIGKILL)  # bwrap sees to that itself, but only once it has begun.
+        if os.getppid() != launcher:
+            os._exit(127)
         os.execve(order["argv"][0], [_raw(word) for word in order["argv"]], {})  # noqa: S606  # No shell is wanted.
     except OSError as error:
-        raise OSError(f"{order['argv'][0]}: {error}") from error
+        os.write(trouble, f"{order['argv'][0]}: {error}".encode(errors="replace"))
+    os._exit(127)
 
 
 def _default_signals() -> None:
-    """Undo what Python and the launcher ignore (SIGPIPE and others): what is ignored stays so over execve."""
+    """Undo what Python and the launcher ignore, and what kiln's own caller blocks: both stay so over execve."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
     for number in range(1, signal.NSIG):
         with contextlib.suppress(OSError, ValueError):
             signal.signal(number, signal.SIG_DFL)
 
 
 def _set_rlimit(which: int, soft: int, hard: int) -> None:
-    """Set a limit, or as much of it as the host's own hard limit allows; -1 is no limit."""
+    """Set a limit, or as much of it as the host's own hard limit allows where we may not raise that; -1 is no limit."""
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(which, (soft, hard))
+        return
     _, ceiling = resource.getrlimit(which)
     if ceiling != resource.RLIM_INFINITY:
         hard = ceiling if hard == resource.RLIM_INFINITY else min(hard, ceiling)

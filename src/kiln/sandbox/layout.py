@@ -6,7 +6,8 @@ import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from kiln.castore.dirfd import DIRECTORY, visit
+from kiln.castore.dirfd import DIRECTORY, Descent, visit
+from kiln.sandbox.errors import LaunchFailed
 from kiln.sandbox.plan import TMP, HostDirectory, RootPlan
 from kiln.sandbox.uids import Identity
 
@@ -37,16 +38,20 @@ class Layout:
             self._fill(root, path, identity)
 
     def reopen(self, plan: RootPlan, identity: Identity | None) -> None:
-        """Take up what an earlier run with the same plan left. Now all of it, mount points too, is `identity`'s."""
+        """Take up what an earlier run with the same plan left. Now all of it, mount points too, is `identity`'s.
+
+        Raises LaunchFailed where the build left something else in the place of a mount point.
+        """
         for number, root in enumerate(plan.scratch):
             path = f"{self.directory}/scratch/{number}"
             self._scratch[root.root] = path
             if identity is not None:
                 _give(path, identity.uid)
             for target, is_directory in root.mount_points:
-                where = path + target[len(root.root) :]
-                if not os.path.lexists(where):
-                    os.mkdir(where) if is_directory else os.close(os.open(where, os.O_CREAT | os.O_WRONLY))
+                try:
+                    _make_mount_point(path, os.fsencode(target[len(root.root) + 1 :]), is_directory=is_directory)
+                except OSError as error:
+                    raise LaunchFailed(f"the build left no place for /{target}: {error.strerror}") from error
 
     def _fill(self, root: HostDirectory, path: str, identity: Identity | None) -> None:
         def on_host(inside: str) -> str:
@@ -151,6 +156,22 @@ def occupied_bytes(root: str) -> int:
                 seen.add(status.st_ino)
             total += status.st_blocks * 512
     return total
+
+
+def _make_mount_point(root: str, path: bytes, *, is_directory: bool) -> None:
+    """Make what is missing on the way to `path` below `root`, and it; a build was here, so nothing is followed."""
+    *parents, name = path.split(b"/")
+    with Descent(os.open(root, DIRECTORY)) as descent:
+        for parent in parents:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(parent, 0o755, dir_fd=descent.descriptor)
+            descent.enter(parent)
+        with contextlib.suppress(FileExistsError):
+            if is_directory:
+                os.mkdir(name, 0o755, dir_fd=descent.descriptor)
+            else:
+                flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC
+                os.close(os.open(name, flags, 0o444, dir_fd=descent.descriptor))
 
 
 def _give(root: str, uid: int) -> None:

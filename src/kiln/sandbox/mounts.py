@@ -1,14 +1,18 @@
-"""The Linux system calls that Python lacks: mounts by descriptor (Linux 5.12), namespaces, personality.
+"""The Linux system calls that Python lacks: mounts by descriptor (Linux 5.12), namespaces, personality, keyrings.
 
 Imports nothing of kiln's, so that the launcher process starts in milliseconds. Numbers are the same on all
-architectures from 424 on (include/uapi/asm-generic/unistd.h); flags are from include/uapi/linux/mount.h and sched.h.
+architectures from 424 on (include/uapi/asm-generic/unistd.h); flags are from include/uapi/linux/{mount,sched,keyctl}.h.
 """
 
 import ctypes
+import errno
 import os
 import struct
 
 _OPEN_TREE, _MOVE_MOUNT, _FSOPEN, _FSCONFIG, _FSMOUNT, _MOUNT_SETATTR = 428, 429, 430, 431, 432, 442
+
+_KEYCTL = {"x86_64": 250, "aarch64": 219}
+_KEYCTL_JOIN_SESSION_KEYRING = 1
 
 _AT_FDCWD = -100
 _AT_EMPTY_PATH = 0x1000
@@ -32,8 +36,8 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 def _checked(result: int, what: str) -> int:
     if result < 0:
-        errno = ctypes.get_errno()
-        raise OSError(errno, f"{what}: {os.strerror(errno)}")
+        number = ctypes.get_errno()
+        raise OSError(number, f"{what}: {os.strerror(number)}")
     return result
 
 
@@ -103,6 +107,15 @@ def act_as(uid: int, gid: int) -> None:
 def set_personality(persona: int) -> None:
     """The execution domain of this process and what it executes (personality(2))."""
     _checked(_libc.personality(ctypes.c_ulong(persona)), "personality")
+
+
+def leave_session_keyring() -> None:
+    """Have an empty session keyring from here on: the inherited one may hold keys of whoever started kiln."""
+    try:
+        _syscall(_KEYCTL[os.uname().machine], "keyctl", _KEYCTL_JOIN_SESSION_KEYRING, None)
+    except OSError as error:
+        if error.errno != errno.ENOSYS:  # A kernel without keys has nothing to hide.
+            raise
 
 
 def adopt_orphans() -> None:

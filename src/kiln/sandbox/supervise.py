@@ -119,7 +119,8 @@ class Supervision:
 
     async def _watch_use(self) -> None:
         """Looks at the disk now and then, and emits samples where asked."""
-        pause = min(_POLL_S, self._sample_every_s) if self._sample_every_s else _POLL_S
+        every_s = min(_POLL_S, self._sample_every_s) if self._sample_every_s else _POLL_S
+        pause = every_s
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(pause)
@@ -132,20 +133,26 @@ class Supervision:
             if self._sample_every_s:
                 await self._emit(Sample(self._sample()))
             # A scratch of a million files takes a while to look at: never spend more than a tenth of the time on it.
-            pause = max(pause, 10 * (loop.time() - began))
+            pause = max(every_s, 10 * (loop.time() - began))
 
 
 async def _chunks(descriptor: int, ended: "asyncio.Future[Ended]") -> AsyncIterator[bytes]:
-    """What comes through the pipe `descriptor`, until its last writer is gone; small writes are gathered a little."""
+    """What comes through the pipe `descriptor`, until its last writer is gone; small writes are gathered a little.
+
+    Once the build has `ended`, what is in the pipe is all: on the host's network, a build can leave its end to others.
+    """
     loop = asyncio.get_running_loop()
     os.set_blocking(descriptor, False)
     readable = asyncio.Event()
     loop.add_reader(descriptor, readable.set)
+    ended.add_done_callback(lambda _: readable.set())
     try:
         while True:
             try:
                 data = os.read(descriptor, _CHUNK)
             except BlockingIOError:
+                if ended.done():
+                    return
                 readable.clear()
                 await readable.wait()
                 continue

@@ -37,14 +37,14 @@ def failure_of(ending: Ending, group: GroupUsage, limits: Limits) -> Failure | N
     if (stop := ending.stopped) is not None:
         return _stopped(ending, stop.what, stop.limit, stop.peak)
     code = ending.ended.exit_code
-    if code is None:
-        return _never_ran(ending)
     if code == 0:
         return None
     if group.oom_kills:
         return _exhausted(ending, "memory", limits.memory_bytes, group.memory_peak or limits.memory_bytes)
     if group.fork_refusals:
         return _exhausted(ending, "processes", limits.processes, group.processes_peak or limits.processes)
+    if code is None:  # Asked only now: a group out of memory may have lost its runtime, too.
+        return _never_ran(ending)
     number = code - 128 if code > 128 and code - 128 in set(signal.Signals) else 0
     if number == signal.SIGXFSZ:
         return _exhausted(ending, "disk", limits.disk_bytes, limits.disk_bytes)
@@ -81,7 +81,7 @@ def _exhausted(ending: Ending, what: str, limit: int, peak: int) -> Failure:
 
 
 def _never_ran(ending: Ending) -> Failure:
-    """The runtime ended without having run the command: all there is in the log are its own words."""
+    """The runtime ended without saying how the command did: where it did not run, the log has the runtime's words."""
     words = ending.log_tail.strip()
     last = words.rpartition(b"\n")[2]
     said = last.decode(errors="replace")
@@ -93,10 +93,11 @@ def _never_ran(ending: Ending) -> Failure:
             detail=ExitDetail(code=127),
             log_tail=ending.log_tail,
         )
-    how = f"status {ending.ended.status}"
+    status = ending.ended.status
+    how = f"ended with status {status} before the command ran" if status >= 0 else f"was killed by signal {-status}"
     return Failure(
         Reason.INFRASTRUCTURE,
-        f"the runtime ended with {how} before the command ran" + (f": {said}" if said else ""),
+        f"the runtime {how}" + (f": {said}" if said else ""),
         Retry.ELSEWHERE,
         log_tail=ending.log_tail,
     )
