@@ -264,3 +264,9 @@ def test_a_shell_enters_what_a_failed_build_left(kiln: Run, kiln_process: Run) -
     succeeded = json.loads(kiln("--json", *script("true")).text)["build_id"]
     assert kiln("shell", succeeded).code == 4
     assert kiln("shell", "zzzz").code == 4
+
+
+def test_a_build_with_the_network_says_no_more_than_another(kiln_process: Run) -> None:
+    outcome = kiln_process("--allow-net", *script("echo hi", "--net"))
+    assert outcome.code == 0, outcome.said
+    assert [line for line in outcome.said.splitlines() if not line.startswith("kiln: ")] == ["hi"]

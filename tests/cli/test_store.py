@@ -98,6 +98,7 @@ def test_du_counts(kiln: Run, tree: Path) -> None:
         (["ls", '{"directory": {"digest": "AAAA"}}'], 3, "digest"),
         (["ls", '{"directory"'], 3, "line 1"),
         (["ls", "{}"], 3, "neither"),
+        (["ls", "1m81p559ndz38fwc"], 3, '"1m81p559ndz38fwc" is no node'),
         (["ls", '{"file": {"digit": "AAAA"}}'], 3, "digit"),
         (["bogus"], 2, "bogus"),
         (["ls"], 2, "NODE"),

@@ -8,9 +8,19 @@ from kiln.build.wire_json import entry_from_json, entry_to_json
 from kiln.castore.castore import Castore
 from kiln.castore.errors import DirectoryNotFound
 from kiln.castore.model import Digest, DirectoryNode, FileNode, Node, SymlinkNode, printable
-from kiln.errors import NotFound
+from kiln.errors import Invalid, NotFound
 
 _DIGEST = re.compile(r"[0-9a-fA-F]{64}")
+
+
+class NotANode(Invalid):
+    """What stands where a node is wanted is neither an Entry nor a digest."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(
+            f"{printable(os.fsencode(text))} is no node: write the JSON of an Entry, or 64 digits of a digest"
+        )
+        self.text = text
 
 
 class PathNotFound(NotFound):
@@ -27,7 +37,12 @@ def is_node_text(text: str) -> bool:
 
 
 async def parse_node(text: str, castore: Castore) -> Node:
-    """The node that `text` names. Raises Malformed and its like, or BlobNotFound for a digest that is not stored."""
+    """The node that `text` names.
+
+    Raises NotANode, Malformed and its like, or BlobNotFound for a digest that is not stored.
+    """
+    if not is_node_text(text):
+        raise NotANode(text)
     if _DIGEST.fullmatch(text) is None:
         return entry_from_json(text)[1]
     digest = Digest(bytes.fromhex(text))

@@ -84,7 +84,7 @@ def _details(failure: Failure) -> list[str]:
             lines += listed[:_LISTED]
             if len(listed) > _LISTED or more:
                 lines.append(f"and {max(len(listed) - _LISTED, 0) or 'some'} more")
-        case UnmetDetail(refusals):
+        case UnmetDetail(refusals) if len(refusals) > 1:  # The message has said what one wants.
             lines += [f"{no.worker}: {no.constraint}: wanted {no.wanted}, has {no.has}" for no in refusals[:_LISTED]]
     if failure.near:
         rest = f" and {len(failure.near) - _LISTED} more" if len(failure.near) > _LISTED else ""

@@ -453,6 +453,9 @@ def _run_companion(argv: list[str], ids: Order | None) -> None:
     """In the new process: take on the order's `uid` and `gid`, if one is given, and become the program."""
     try:
         _default_signals()
+        silence = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+        for descriptor in (1, 2):  # It chats about its file descriptors, on the terminal of whoever runs the build.
+            os.dup2(silence, descriptor)
         if ids is not None:
             os.setgroups([])
             os.setresgid(ids["gid"], ids["gid"], ids["gid"])
