@@ -98,16 +98,38 @@ async def test_a_reference_to_what_is_not_there_is_refused_and_nothing_kept(dire
 
 
 @pytest.mark.parametrize("stored", [False, True])
-@pytest.mark.parametrize("off", [-1, 1])
-async def test_a_wrong_size_is_refused(directories: DirectoryService, off: int, stored: bool) -> None:
-    leaf = tree(directories.scheme)[0]
-    right = node_of(directories.scheme, leaf)
-    parent = Directory.of([(b"leaf", DirectoryNode(right.digest, right.size + off))])
+async def test_a_wrong_size_is_refused(directories: DirectoryService, stored: bool) -> None:
+    scheme = directories.scheme
+    leaf = Directory.of((name, SymlinkNode(b"target")) for name in (b"a", b"b", b"c"))
     if stored:
         await directories.put([leaf])
-    with pytest.raises(DirectoryInvalid, match="size"):
-        await directories.put([parent] if stored else [leaf, parent])
-    assert await directories.missing([digest_of(directories.scheme, parent)])
+    for size in (2, scheme.size_of(leaf) + 1):  # Below the documented count, above the scheme's own.
+        parent = Directory.of([(b"leaf", DirectoryNode(digest_of(scheme, leaf), size))])
+        with pytest.raises(DirectoryInvalid, match="size"):
+            await directories.put([parent] if stored else [leaf, parent])
+        assert await directories.missing([digest_of(scheme, parent)])
+
+
+@pytest.mark.parametrize("stored", [False, True])
+async def test_the_documented_count_is_not_too_small(directories: DirectoryService, stored: bool) -> None:
+    scheme = directories.scheme
+    leaf = Directory.of((name, SymlinkNode(b"target")) for name in (b"a", b"b", b"c"))
+    parent = Directory.of([(b"leaf", DirectoryNode(digest_of(scheme, leaf), 3))])
+    root = Directory.of([(b"parent", DirectoryNode(digest_of(scheme, parent), 4))])
+    if stored:
+        await directories.put([leaf])
+    digest = await directories.put([parent, root] if stored else [leaf, parent, root])
+    assert [directory async for _, directory in directories.closure(digest)] == [root, parent, leaf]
+
+
+async def test_a_size_beyond_64_bits_is_refused(directories: DirectoryService) -> None:
+    chain = [Directory()]
+    for _ in range(64):  # Each holds the last one twice.
+        below = node_of(directories.scheme, chain[-1])
+        chain.append(Directory.of([(b"a", below), (b"b", below)]))
+    with pytest.raises(DirectoryInvalid, match="64 bits"):
+        await directories.put(chain)
+    assert await directories.missing([digest_of(directories.scheme, Directory())])
 
 
 async def test_a_put_of_nothing_is_refused(directories: DirectoryService) -> None:

@@ -99,7 +99,7 @@ class TestDoBuild:
         assert [list(found.needles) for found in answer.outputs] == [[0], [1]]
         assert {found.output.symlink.name for found in answer.outputs} == {b""}
 
-    @pytest.mark.parametrize("scheme", [BLAKE3_DOUBLED, BLAKE3_DOCUMENTED], ids=str)
+    @pytest.mark.parametrize("scheme", [BLAKE3_DOUBLED, BLAKE3_DOCUMENTED], ids=lambda scheme: scheme.name)
     async def test_a_strict_server_refuses_outputs_that_are_out_of_order(
         self, scheme: Scheme, serve_builds: ServeBuilds
     ) -> None:

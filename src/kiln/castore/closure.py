@@ -92,7 +92,7 @@ class Arrivals:
         self.expect(digest)
         stated = self.outstanding.pop(digest)
         if stated is not None:
-            check_size(digest, stated=stated, size=self.scheme.size_of(directory))
+            check_size(digest, stated=stated, sizes=self.scheme.sizes_of(directory))
         for child, size in children(directory).items():
             if child not in self._seen:
                 self._seen.add(child)
@@ -119,7 +119,7 @@ class Batch:
 def batch_of(directories: Iterable[Directory], scheme: Scheme) -> Batch:
     """The directories of one put, checked as far as they can be without the store. Raises DirectoryInvalid."""
     brought: dict[Digest, Directory] = {}
-    sizes: dict[Digest, int] = {}
+    sizes: dict[Digest, range] = {}
     relied_on: dict[Digest, int] = {}
     root = None
     given = tuple(directories)
@@ -129,14 +129,11 @@ def batch_of(directories: Iterable[Directory], scheme: Scheme) -> Batch:
             continue
         for child, stated in children(directory).items():
             if child in sizes:
-                check_size(child, stated=stated, size=sizes[child])
+                check_size(child, stated=stated, sizes=sizes[child])
             elif relied_on.setdefault(child, stated) != stated:
                 raise DirectoryInvalid(f"two sizes are stated for {child}")
-        size = scheme.size_of(directory)
-        if size > _SIZE_MAX:
-            raise DirectoryInvalid(f"the size of {root} does not fit 64 bits")
+        sizes[root] = sizes_of(root, directory, scheme)
         brought[root] = directory
-        sizes[root] = size
     if root is None:
         raise DirectoryInvalid("there is none")
     if late := relied_on.keys() & brought.keys():
@@ -144,12 +141,20 @@ def batch_of(directories: Iterable[Directory], scheme: Scheme) -> Batch:
     return Batch(root, given, brought, relied_on)
 
 
-def check_size(digest: Digest, *, stated: int, size: int | None) -> None:
-    """Raise DirectoryInvalid unless `digest`, which a parent refers to, is there (has a size) and of that size."""
-    if size is None:
+def sizes_of(digest: Digest, directory: Directory, scheme: Scheme) -> range:
+    """The sizes that may be stated for `directory`, whose digest is given. Raises DirectoryInvalid beyond 64 bits."""
+    sizes = scheme.sizes_of(directory)
+    if sizes[-1] > _SIZE_MAX:
+        raise DirectoryInvalid(f"the size of {digest} does not fit 64 bits")
+    return sizes
+
+
+def check_size(digest: Digest, *, stated: int, sizes: range | None) -> None:
+    """Raise DirectoryInvalid unless `digest`, which a parent refers to, is there (has sizes) and one of them stated."""
+    if sizes is None:
         raise DirectoryInvalid(f"it refers to {digest}, which is neither brought before it nor stored")
-    if stated != size:
-        raise DirectoryInvalid(f"wrong size {stated} for {digest}: it is {size}")
+    if stated not in sizes:
+        raise DirectoryInvalid(f"wrong size {stated} for {digest}: it is {sizes[-1]}")
 
 
 @dataclass(frozen=True, slots=True)

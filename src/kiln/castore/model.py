@@ -107,7 +107,16 @@ class Scheme:
 
     def size_of(self, directory: "Directory") -> int:
         """What a parent's entry for `directory` states as its size."""
-        return sum(self.weight + (node.size if isinstance(node, DirectoryNode) else 0) for _, node in directory.entries)
+        return self.sizes_of(directory)[-1]
+
+    def sizes_of(self, directory: "Directory") -> range:
+        """The sizes that a parent's entry for `directory` may state: from the documented count to this scheme's own.
+
+        The two counts have long been at odds within Snix itself, so others' trees have either.
+        """
+        below = sum(node.size for _, node in directory.entries if isinstance(node, DirectoryNode))
+        count = len(directory.entries)
+        return range(below + count, below + self.weight * count + 1)
 
 
 BLAKE3_DOUBLED = Scheme("blake3/doubled", "blake3", blake3, 2)

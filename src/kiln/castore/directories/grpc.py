@@ -127,7 +127,7 @@ class GrpcDirectories(DirectoryService):
                 async with closing(self.closure(digest)) as directories:
                     below.update([found async for found in directories])
             except DirectoryNotFound:
-                check_size(digest, stated=stated, size=None)
-            check_size(digest, stated=stated, size=self._scheme.size_of(below[digest]))
+                check_size(digest, stated=stated, sizes=None)
+            check_size(digest, stated=stated, sizes=self._scheme.sizes_of(below[digest]))
         brought = children_first(below, batch.relied_on)
         return Batch(batch.root, (*brought.values(), *batch.given), {**brought, **batch.directories}, {})

@@ -34,6 +34,6 @@ class MemoryDirectories(DirectoryService):
         batch = batch_of(directories, self._scheme)
         for digest, stated in batch.relied_on.items():
             stored = self._directories.get(digest)
-            check_size(digest, stated=stated, size=None if stored is None else self._scheme.size_of(stored))
+            check_size(digest, stated=stated, sizes=None if stored is None else self._scheme.sizes_of(stored))
         self._directories.update(batch.directories)
         return batch.root

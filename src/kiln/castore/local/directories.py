@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator, Callable, Iterable
 
+from kiln.castore.closure import sizes_of
 from kiln.castore.directory_service import DirectoryService
 from kiln.castore.errors import DigestMismatch, DirectoryInvalid, DirectoryNotFound, StoreCorrupt
 from kiln.castore.local.database import Database
@@ -62,7 +63,7 @@ class LocalDirectories(DirectoryService):
 
     async def put(self, directories: Iterable[Directory]) -> Digest:
         self._require_writable()
-        sizes: dict[Digest, int] = {}
+        sizes: dict[Digest, range] = {}
         rows: list[tuple[bytes, bytes]] = []
         root: Digest | None = None
         for directory in directories:
@@ -71,7 +72,7 @@ class LocalDirectories(DirectoryService):
                     self._check_reference(name, node, sizes)
             body = encode_directory(directory)
             root = self._scheme.digest_of(body)
-            sizes[root] = self._scheme.size_of(directory)
+            sizes[root] = sizes_of(root, directory, self._scheme)
             rows.append((root.raw, body))
         if root is None:
             raise DirectoryInvalid("nothing to put: the root is missing")
@@ -82,15 +83,15 @@ class LocalDirectories(DirectoryService):
         """Keep digests and bodies that are known to be right, in one transaction."""
         self._database.write(_INSERT, rows)
 
-    def _check_reference(self, name: bytes, node: DirectoryNode, sizes: dict[Digest, int]) -> None:
+    def _check_reference(self, name: bytes, node: DirectoryNode, sizes: dict[Digest, range]) -> None:
         if node.digest not in sizes:
             try:
-                sizes[node.digest] = self._scheme.size_of(self.read(node.digest))
+                sizes[node.digest] = self._scheme.sizes_of(self.read(node.digest))
             except DirectoryNotFound as error:
                 raise DirectoryInvalid(
                     f"entry {printable(name)} refers to {node.digest}, which is not there"
                 ) from error
-        if node.size != sizes[node.digest]:
+        if node.size not in sizes[node.digest]:
             raise DirectoryInvalid(
-                f"entry {printable(name)} states the size {node.size} instead of {sizes[node.digest]}"
+                f"entry {printable(name)} states the size {node.size} instead of {sizes[node.digest][-1]}"
             )
