@@ -27,7 +27,7 @@ from kiln.build.events import (
     UnmetDetail,
 )
 from kiln.build.model import BuildOptions, Constraints
-from kiln.castore.model import Digest, DirectoryNode, FileNode, SymlinkNode
+from kiln.castore.model import Digest, Directory, DirectoryNode, FileNode, SymlinkNode
 from kiln.sandbox.cgroups import groups_of_store
 from kiln.sandbox.policy import GIB, MIB, Policy
 
@@ -171,6 +171,27 @@ class TestInputs:
         assert outcome.failure.reason is Reason.MISSING_INPUT
         assert outcome.failure.retry is Retry.AFTER_UPLOAD
         assert outcome.failure.detail == MissingDetail((one, other), (tree,))
+
+    async def test_what_is_missing_deep_inside_is_no_empty_directory(self, bench: Bench) -> None:
+        lost = Directory.of([(b"file", FileNode(Digest(bytes(32)), 1))])
+        below = DirectoryNode(await bench.store.directories.put([lost]), bench.store.scheme.size_of(lost))
+        top = Directory.of([(b"lost", below)])
+        node = DirectoryNode(await bench.store.directories.put([top]), bench.store.scheme.size_of(top))
+        of_blob = (await bench.run("ls -R /inputs", inputs=((b"top", node),))).failure
+        assert of_blob.detail == MissingDetail((Digest(bytes(32)),), ())
+        bench.store._database.write("delete from directories where digest = ?", [(below.digest.raw,)])
+        of_directory = (await bench.run("ls -R /inputs", inputs=((b"top", node),))).failure
+        assert (of_directory.reason, of_directory.detail) == (Reason.MISSING_INPUT, MissingDetail((), (below.digest,)))
+
+    async def test_a_few_directories_that_are_many_on_disk_are_refused(self, bench: Bench) -> None:
+        directory = Directory()
+        for _ in range(40):  # Each holds the last one twice.
+            size = bench.store.scheme.size_of(directory)
+            node = DirectoryNode(await bench.store.directories.put([directory]), size)
+            directory = Directory.of([(b"a", node), (b"b", node)])
+        failure = (await bench.run("ls -R /inputs", inputs=((b"bomb", node),))).failure
+        assert (failure.reason, failure.retry) == (Reason.RESOURCES_EXHAUSTED, Retry.NEVER)
+        assert failure.detail == LimitDetail("entries", 4_000_000, 2**40 - 2)
 
     async def test_five_hundred_inputs(self, bench: Bench, tmp_path: Path) -> None:
         inputs = []

@@ -159,7 +159,10 @@ class UnmetDetail:
 
 @dataclass(frozen=True, slots=True)
 class LimitDetail:
-    """The limit that was reached (`memory`, `processes`, `disk`, `log`, `wall`, `silence`), in bytes, counts or ms."""
+    """The limit that was reached, in bytes, counts or ms.
+
+    `what` is `memory`, `processes`, `disk`, `log`, `wall`, `silence`, or `entries` of an input's tree.
+    """
 
     what: str
     limit: int

@@ -20,6 +20,7 @@ from kiln.build.events import (
     BuildEvent,
     Failure,
     Finished,
+    LimitDetail,
     MissingDetail,
     Notice,
     Output,
@@ -39,7 +40,7 @@ from kiln.build.events import (
 from kiln.build.model import BuildOptions, BuildRequest
 from kiln.build.service import BuildService, Capabilities
 from kiln.castore.dirfd import remove_tree
-from kiln.castore.errors import ContentMissing, IngestRefused
+from kiln.castore.errors import ContentMissing, EntriesTooMany, IngestRefused
 from kiln.castore.local.store import LocalStore
 from kiln.castore.local.trouble import host_trouble
 from kiln.castore.model import FileNode, SymlinkNode
@@ -331,6 +332,9 @@ class _Attempt:
                     MissingDetail(tuple(sorted(missing.blobs)), tuple(sorted(missing.directories))),
                 )
             ) from missing
+        except EntriesTooMany as bomb:
+            limit = LimitDetail("entries", bomb.entries_max, bomb.entries)
+            raise _Refused(Failure(Reason.RESOURCES_EXHAUSTED, str(bomb), detail=limit)) from bomb
 
     async def _shell_path(self) -> str:
         if not self._request.constraints.provide_bin_sh or self._builder._shell is None:

@@ -59,8 +59,9 @@ def check_out(digest: Digest, read: Callable[[Digest], Directory], files: StoreF
     if os.access(target, os.F_OK, dir_fd=files.trees):
         return
     directory = read(digest)
-    if scheme.size_of(directory) > ENTRIES_MAX * scheme.weight:
-        raise EntriesTooMany(digest, entries_max=ENTRIES_MAX)
+    entries = scheme.size_of(directory) // scheme.weight
+    if entries > ENTRIES_MAX:
+        raise EntriesTooMany(digest, entries=entries, entries_max=ENTRIES_MAX)
     linked: set[FileNode] = set()
 
     def place(name: bytes, node: FileNode | SymlinkNode, dir_fd: int) -> None:

@@ -179,9 +179,10 @@ class SchemeDiffers(Precondition):
 class EntriesTooMany(Exhausted):
     """A tree has more entries than are written out: directories may share what is below them, files on disk do not."""
 
-    def __init__(self, digest: Digest, *, entries_max: int) -> None:
-        super().__init__(f"the tree of directory {digest} has more than {entries_max} entries")
+    def __init__(self, digest: Digest, *, entries: int, entries_max: int) -> None:
+        super().__init__(f"the tree of directory {digest} has {entries} entries; the limit is {entries_max}")
         self.digest = digest
+        self.entries = entries
         self.entries_max = entries_max
 
 
