@@ -4,6 +4,7 @@ import asyncio
 import ctypes
 import os
 import platform
+import resource
 import signal
 from pathlib import Path
 
@@ -84,6 +85,32 @@ class TestLimits:
         assert isinstance(failure.detail, LimitDetail)
         assert failure.detail.what == "memory"
 
+    async def test_files_without_a_name_count_as_disk(self, make_bench: MakeBench) -> None:
+        bench = await make_bench(Policy(memory_bytes=GIB, keep_on_failure_s=0, disk_bytes=16 * MIB))
+        if not bench.host.hierarchies.enforced:
+            return  # Only a control group tells whose they are.
+        script = "for n in 3 4; do eval exec $n'>f'; rm f; dd if=/dev/zero bs=1M count=12 >&$n; done; sleep 100"
+        failure = (await bench.run(script)).failure
+        assert isinstance(failure.detail, LimitDetail)
+        assert failure.detail.what == "disk"
+
+    async def test_one_who_is_quick_does_not_get_past_the_disk_limit(self, make_bench: MakeBench) -> None:
+        bench = await make_bench(Policy(memory_bytes=GIB, keep_on_failure_s=0, disk_bytes=16 * MIB))
+        failure = (await bench.run("for n in 1 2; do dd if=/dev/zero of=f$n bs=1M count=12; done")).failure
+        assert isinstance(failure.detail, LimitDetail)
+        assert failure.detail.what == "disk"
+
+    async def test_limits_of_processes_are_the_same_whatever_kilns_own_are(self, bench: Bench) -> None:
+        before = resource.getrlimit(resource.RLIMIT_MSGQUEUE)
+        resource.setrlimit(resource.RLIMIT_MSGQUEUE, (4096, before[1]))
+        try:
+            outcome = await bench.run("grep -E 'core|locked|msgqueue' /proc/self/limits")
+        finally:
+            resource.setrlimit(resource.RLIMIT_MSGQUEUE, before)
+        assert [line.split()[-3:-1] for line in outcome.log.splitlines()] == [
+            ["0", "unlimited"], ["8388608", "8388608"], ["819200", "819200"],
+        ]  # fmt: skip
+
     async def test_an_end_of_the_log_that_others_hold_holds_up_nothing(self, bench: Bench) -> None:
         request = bench.request("stat -L -c %i /proc/self/fd/1; sleep 1; echo last")
         accomplice = -1
@@ -125,6 +152,7 @@ class TestRuntimes:
         await asyncio.sleep(1.5)
         os.kill(launcher, signal.SIGCONT)
         assert "ended with status 1" in (await running).failure.message
+        await bench.run("true")
         assert bench.launcher.process_id == launcher
 
     async def test_one_that_cannot_be_executed_says_why_whatever_descriptors_there_are(self, bench: Bench) -> None:

@@ -374,7 +374,7 @@ class _Attempt:
                 logs=pipes.logs,
                 limits=self._limits,
                 emit=self._emit,
-                disk_bytes=self._layout.disk_bytes,
+                disk_bytes=lambda: self._layout.disk_bytes(seat.group.processes()),
                 sample=lambda: self._sampled(seat.group),
                 sample_every_s=self._options.sample_every_s,
             )

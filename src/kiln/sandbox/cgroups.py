@@ -145,6 +145,13 @@ class Group:
         if cpu_millis and (cpu := self._directories.get("cpu")):
             _write(f"{cpu}/cpu.cfs_quota_us", str(cpu_millis * 100))
 
+    def processes(self) -> list[int]:
+        """The processes that are in it now; none where there is no group."""
+        for directory in self._directories.values():
+            with contextlib.suppress(OSError):
+                return [int(process) for process in _read(f"{directory}/cgroup.procs").split()]
+        return []
+
     def usage(self) -> GroupUsage:
         """What it counted so far."""
         if not self._directories:

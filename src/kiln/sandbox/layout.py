@@ -3,7 +3,7 @@
 import contextlib
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from kiln.castore.dirfd import DIRECTORY, Descent, visit
@@ -140,9 +140,10 @@ class Layout:
                 return Located(None, f"{output} was not made: {walked} is no directory")
         return Located(current)
 
-    def disk_bytes(self) -> int:
-        """What all of scratch occupies now."""
-        return sum(occupied_bytes(path) for path in self._scratch.values())
+    def disk_bytes(self, processes: Iterable[int]) -> int:
+        """What all of scratch occupies now, with what `processes` hold open there and have unlinked."""
+        named = sum(occupied_bytes(path) for path in self._scratch.values())
+        return named + _unlinked_bytes(processes, os.stat(self.directory).st_dev)
 
 
 def occupied_bytes(root: str) -> int:
@@ -155,6 +156,20 @@ def occupied_bytes(root: str) -> int:
                     continue
                 seen.add(status.st_ino)
             total += status.st_blocks * 512
+    return total
+
+
+def _unlinked_bytes(processes: Iterable[int], device: int) -> int:
+    """Bytes on `device` of files without a name that `processes` have open, each inode once."""
+    total, seen = 0, set()
+    for process in processes:
+        with contextlib.suppress(OSError), os.scandir(f"/proc/{process}/fd") as descriptors:
+            for descriptor in descriptors:
+                with contextlib.suppress(OSError):
+                    status = descriptor.stat()
+                    if not status.st_nlink and status.st_dev == device and status.st_ino not in seen:
+                        seen.add(status.st_ino)
+                        total += status.st_blocks * 512
     return total
 
 

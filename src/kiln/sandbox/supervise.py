@@ -75,6 +75,8 @@ class Supervision:
             ended = await asyncio.shield(self._launch.ended)
             wall_s = loop.time() - started
             await asyncio.gather(*pumps)
+            if ended.exit_code == 0 and self._stopped is None:
+                self._stopped = await self._over_disk_limit()
         finally:
             for task in watchers:
                 task.cancel()
@@ -125,15 +127,18 @@ class Supervision:
         while True:
             await asyncio.sleep(pause)
             began = loop.time()
-            used = await asyncio.to_thread(self._disk_bytes)
-            self._disk_peak = max(used, self._disk_peak or 0)
-            if used > self._limits.disk_bytes:
-                self._stop("disk", self._limits.disk_bytes, used)
+            if (over := await self._over_disk_limit()) is not None:
+                self._stop(over.what, over.limit, over.peak)
                 return
             if self._sample_every_s:
                 await self._emit(Sample(self._sample()))
             # A scratch of a million files takes a while to look at: never spend more than a tenth of the time on it.
             pause = max(every_s, 10 * (loop.time() - began))
+
+    async def _over_disk_limit(self) -> Stop | None:
+        used = await asyncio.to_thread(self._disk_bytes)
+        self._disk_peak = max(used, self._disk_peak or 0)
+        return Stop("disk", self._limits.disk_bytes, used) if used > self._limits.disk_bytes else None
 
 
 async def _chunks(descriptor: int, ended: "asyncio.Future[Ended]") -> AsyncIterator[bytes]:
