@@ -1,13 +1,16 @@
 """Each rule refuses what it is about, by its own name, and nothing else."""
 
+import tracemalloc
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kiln.build.errors import RequestInvalid
 from kiln.build.model import BuildRequest, Constraints
-from kiln.build.validate import RULES, check_outputs_sorted
+from kiln.build.validate import RULES, Paths, check_outputs_sorted, is_within
 from kiln.build.wire import decode_request, encode_request, from_request
 from kiln.build.wire_tvix import from_tvix_request
 from kiln.castore.model import Digest, DirectoryNode, FileNode, SymlinkNode
@@ -322,6 +325,29 @@ def test_the_older_shape_has_the_same_rules_and_its_own_fields(
     with pytest.raises(RequestInvalid) as caught:
         from_tvix_request(message)
     assert (caught.value.rule, caught.value.field, caught.value.index) == (rule, field, index)
+
+
+PATH = st.lists(st.sampled_from(["a", "b", "a-b", "a0", "\x01"]), max_size=4).map("/".join)
+
+
+@given(among=st.lists(PATH, max_size=6), path=PATH)
+def test_what_is_above_and_below_a_path_is_found(among: list[str], path: str) -> None:
+    paths = Paths(among)
+    assert paths.any_above(path) == any(is_within(path, other) for other in among)
+    assert paths.any_below(path) == any(is_within(other, path) for other in among)
+    assert paths.any_inside(path) == any(is_within(other, path) for other in among if other != path)
+
+
+def test_a_hostile_request_is_checked_in_memory_of_its_own_size() -> None:
+    deep = tuple(f"{number:03d}" + "/a" * 2045 for number in range(100))  # 0.4 MB, below 200,000 directories.
+    files = tuple((f"f{path}"[:-2], b"") for path in deep)
+    tracemalloc.start()
+    try:
+        changed(scratch_paths=deep, outputs=deep, additional_files=files, working_dir="", constraints=Constraints())
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 20 << 20
 
 
 def test_every_rule_has_a_test_here() -> None:
