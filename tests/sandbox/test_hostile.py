@@ -15,6 +15,7 @@ from kiln.build.events import LimitDetail, Log, Reason
 from kiln.build.model import BuildOptions
 from kiln.sandbox import mounts
 from kiln.sandbox.errors import LaunchFailed
+from kiln.sandbox.launcher import Order
 from kiln.sandbox.policy import GIB, MIB, Policy
 from kiln.sandbox.runtime import Streams
 
@@ -154,6 +155,20 @@ class TestRuntimes:
         assert "ended with status 1" in (await running).failure.message
         await bench.run("true")
         assert bench.launcher.process_id == launcher
+
+    async def test_one_that_ends_at_once_leaves_no_child(self, bench: Bench, tmp_path: Path) -> None:
+        # In no control group, which would end it as well. So does a bwrap that is killed while it starts.
+        made = tmp_path / "made"
+        program = runtime(tmp_path / "runtime", f"sleep 1000 & echo $! > {made}; exit 1")
+        null = os.open(os.devnull, os.O_RDWR)
+        order = Order(
+            [program], os.getuid(), os.getgid(), status_descriptor=3, descriptors=dict.fromkeys(range(3), null)
+        )
+        launch = bench.launcher.launch(order, bench.launcher.stand_by([]))
+        os.close(null)
+        await launch.ended
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(made.read_text()), 0)
 
     async def test_one_that_cannot_be_executed_says_why_whatever_descriptors_there_are(self, bench: Bench) -> None:
         for _ in range(4):  # Made while another runs, the next process has other descriptors.

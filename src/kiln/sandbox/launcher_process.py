@@ -329,11 +329,12 @@ class LauncherProcess:
             with contextlib.suppress(ProcessLookupError, ChildProcessError):
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
+        del self.builds[build.id]
+        self.end_orphans()
         said = {key: value for document in build.read_status() for key, value in document.items()}
         if trouble := os.read(build.trouble, _ORDER_BYTES_MAX):
             build.failure = trouble.decode(errors="replace")
         build.close()
-        del self.builds[build.id]
         if build.failure is not None:
             self.report(id=build.id, event="failed", message=build.failure)
         else:
@@ -341,6 +342,23 @@ class LauncherProcess:
                 id=build.id, event="ended", status=os.waitstatus_to_exitcode(status), exit_code=said.get("exit-code"),
                 user_s=spent[0], system_s=spent[1], peak_bytes=spent[2] * 1024,
             )  # fmt: skip
+
+    def end_orphans(self) -> None:
+        """End what is our child by adoption only: a runtime killed before it named the process it had just made."""
+        known: set[int | None] = {standby.pid for standby in self.standbys.values()}
+        for build in self.builds.values():
+            known |= {build.pid, build.init_pid, *build.companions}
+        while orphans := _children() - known:
+            for pid in orphans:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+
+
+def _children() -> set[int]:
+    """Our child processes; none where the kernel does not list them (CONFIG_PROC_CHILDREN, proc(5))."""
+    with contextlib.suppress(FileNotFoundError), open(f"/proc/self/task/{os.getpid()}/children") as pids:
+        return {int(pid) for pid in pids.read().split()}
+    return set()
 
 
 def _receive(peer: socket.socket) -> tuple[bytes, list[int]]:
