@@ -154,3 +154,10 @@ def test_parents_come_before_what_stands_in_them(scratch: list[str], files: list
             assert directory.rpartition("/")[0] in inside
             inside.add(directory)
         assert all(file.path.rpartition("/")[0] in inside for file in root.files)
+
+
+def test_a_path_as_deep_as_can_be_is_planned() -> None:
+    deep = "x" + "/a" * 2045
+    plan = planned(scratch_paths=(deep,), outputs=(deep,))
+    assert [scratch.root for scratch in plan.scratch] == ["tmp", deep]
+    assert set(parents(deep)) < set(plan.directories)

@@ -4,12 +4,16 @@ Every runtime renders this same plan; none decides anything about inputs, scratc
 plan holds is `kiln-contract-1`; a change of it is a new contract.
 """
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import TypeVar
 
 from kiln.build.model import BuildRequest
 from kiln.castore.model import SymlinkNode
+
+T = TypeVar("T")
 
 CONTRACT = "kiln-contract-1"
 
@@ -218,19 +222,37 @@ def plan_root(request: BuildRequest, host: HostFacts) -> RootPlan:
         *(link.path for link in links),
     ]:
         wanted.update(parents(path))
-    wanted = {path for path in wanted if input_names.isdisjoint(parents(path))}  # Nothing is made inside an input.
+
+    def in_input(path: str) -> bool:
+        name, inside, _ = path[len(inputs_prefix) :].partition("/")
+        return bool(inside) and path.startswith(inputs_prefix) and inputs_prefix + name in input_names
+
+    wanted = {path for path in wanted if not in_input(path)}  # Nothing is made inside an input.
+    ends = sorted(f"{root}/" for root in scratch_roots)  # None begins with another, so the nearest is the only one.
 
     def root_of(path: str) -> str | None:
-        return next((root for root in scratch_roots if is_within(path, root)), None)
+        nearest = bisect_right(ends, f"{path}/") - 1
+        return ends[nearest][:-1] if nearest >= 0 and f"{path}/".startswith(ends[nearest]) else None
+
+    def by_root(items: Iterable[T], path_of: Callable[[T], str]) -> Mapping[str, list[T]]:
+        found: dict[str, list[T]] = {root: [] for root in scratch_roots}
+        for item in items:
+            if (root := root_of(path_of(item))) is not None:
+                found[root].append(item)
+        return found
 
     covered = {mount.target for mount in mounts}
+    directories_in = by_root(sorted(wanted - covered - set(scratch_roots)), str)
+    files_in = by_root(files, lambda file: file.path)
+    links_in = by_root(links, lambda link: link.path)
+    mounts_in = by_root(mounts, lambda mount: mount.target)
     scratch = tuple(
         HostDirectory(
             root,
-            directories=tuple(sorted(p for p in wanted if p != root and is_within(p, root) and p not in covered)),
-            files=tuple(File(file.path, file.contents, 0o644) for file in files if is_within(file.path, root)),
-            links=tuple(link for link in links if is_within(link.path, root)),
-            mount_points=tuple((m.target, m.is_directory) for m in mounts if is_within(m.target, root)),
+            directories=tuple(directories_in[root]),
+            files=tuple(File(file.path, file.contents, 0o644) for file in files_in[root]),
+            links=tuple(links_in[root]),
+            mount_points=tuple((mount.target, mount.is_directory) for mount in mounts_in[root]),
             holds_inputs=bool(request.inputs) and is_within(request.inputs_dir, root),
         )
         for root in scratch_roots
