@@ -208,6 +208,10 @@ class TestInputs:
 
 
 class TestOutputs:
+    async def test_a_scratch_path_that_the_build_closes_is_an_output_all_the_same(self, bench: Bench) -> None:
+        outcome = await bench.run("mkdir d && echo x > d/f && chmod 000 d /build", outputs=("build",))
+        assert outcome.outputs[0].files == 1
+
     async def test_files_trees_and_links_come_out_verbatim(self, bench: Bench, tmp_path: Path) -> None:
         script = "mkdir -p d/e; echo hi > d/f; echo x > d/e/tool; chmod 700 d/e/tool; ln -s /etc/shadow d/host; ln -s gone link; printf abc > file"
         outcome = await bench.run(script, outputs=("build/link", "build/file", "build/d"))

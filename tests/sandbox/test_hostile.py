@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tests.sandbox.real_builder import Bench, MakeBench
 
-from kiln.build.events import LimitDetail, Log, Reason
+from kiln.build.events import LimitDetail, Log, PathDetail, Reason
 from kiln.build.model import BuildOptions
 from kiln.sandbox import mounts
 from kiln.sandbox.errors import LaunchFailed
@@ -73,6 +73,20 @@ class TestHostPaths:
         finally:
             os.close(null)
         assert list(reachable.iterdir()) == []
+
+    async def test_none_is_told_of_an_output_that_is_refused(self, bench: Bench) -> None:
+        failure = (await bench.run("mkfifo o", outputs=("build/o",))).failure
+        assert failure.reason is Reason.OUTPUT_INVALID
+        assert failure.message == "output build/o is a fifo"
+        assert failure.detail == PathDetail("build/o")
+
+
+class TestRequests:
+    async def test_a_working_directory_that_an_input_lacks_is_the_requests_own_fault(self, bench: Bench) -> None:
+        (made,) = (await bench.run("mkdir o", outputs=("build/o",))).outputs
+        outcome = await bench.run("true", inputs=((b"a", made.node),), working_dir="inputs/a/none")
+        assert outcome.failure.reason is Reason.COMMAND_FAILED
+        assert "working directory /inputs/a/none: No such file" in outcome.failure.message
 
 
 class TestLimits:

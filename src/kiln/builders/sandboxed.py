@@ -436,7 +436,8 @@ class _Attempt:
                     take_over=True,
                 )
             except IngestRefused as refused:
-                inside = f"{path}/{os.fsdecode(refused.path)}".rstrip("/")
+                where = os.fsdecode(refused.path)
+                inside = path if where == located.path else f"{path}/{where}"  # The output itself, or in it.
                 raise _Refused(
                     Failure(
                         Reason.OUTPUT_INVALID,

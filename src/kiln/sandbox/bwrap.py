@@ -34,7 +34,6 @@ from kiln.sandbox.uids import Identity
 
 _STDIN, _STDOUT, _STDERR, _ARGS, _SECCOMP, _PAUSE, _STATUS = 0, 1, 2, 10, 11, 12, 13
 _PAUSE_FILE = ".kiln-pause"
-_ARGUMENTS_MAX = 9000  # MAX_ARGS of bubblewrap.c.
 _OLDEST = (0, 8)  # The first with --disable-userns.
 _READ_ONLY = mounts.RDONLY | mounts.NOSUID | mounts.NODEV
 _WRITABLE = mounts.NOSUID | mounts.NODEV

@@ -199,7 +199,10 @@ def _give(root: str, uid: int) -> None:
 
 
 def _visited(root: str) -> Iterator[tuple[int, list[tuple[str, os.stat_result]]]]:
-    descriptor = os.open(root, DIRECTORY)
+    try:
+        descriptor = os.open(root, DIRECTORY)
+    except PermissionError:
+        return  # Rootless, it is one user's, and a build can close it to us; as it can what is in it.
     try:
         yield from visit(descriptor)
     finally:

@@ -7,7 +7,7 @@ from kiln.sandbox.cgroups import GroupUsage
 from kiln.sandbox.policy import Limits
 from kiln.sandbox.supervise import Ending
 
-_EXEC_FAILED = b"bwrap: execvp "
+_START_FAILED = ((b"bwrap: execvp ", ""), (b"bwrap: Can't chdir to ", "its working directory "))
 _UNITS = ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
 _HINTS = {
     "memory": "raise it with --memory",
@@ -85,14 +85,14 @@ def _never_ran(ending: Ending) -> Failure:
     words = ending.log_tail.strip()
     last = words.rpartition(b"\n")[2]
     said = last.decode(errors="replace")
-    if last.startswith(_EXEC_FAILED):
-        what = said.removeprefix(_EXEC_FAILED.decode())
-        return Failure(
-            Reason.COMMAND_FAILED,
-            f"the command could not be started: {what}",
-            detail=ExitDetail(code=127),
-            log_tail=ending.log_tail,
-        )
+    for words_of_runtime, what in _START_FAILED:
+        if last.startswith(words_of_runtime):
+            return Failure(
+                Reason.COMMAND_FAILED,
+                f"the command could not be started: {what}{said.removeprefix(words_of_runtime.decode())}",
+                detail=ExitDetail(code=127),
+                log_tail=ending.log_tail,
+            )
     status = ending.ended.status
     how = f"ended with status {status} before the command ran" if status >= 0 else f"was killed by signal {-status}"
     return Failure(
