@@ -119,12 +119,10 @@ class TestLimits:
         before = resource.getrlimit(resource.RLIMIT_MSGQUEUE)
         resource.setrlimit(resource.RLIMIT_MSGQUEUE, (4096, before[1]))
         try:
-            outcome = await bench.run("grep -E 'core|locked|msgqueue' /proc/self/limits")
+            outcome = await bench.run("grep msgqueue /proc/self/limits")
         finally:
             resource.setrlimit(resource.RLIMIT_MSGQUEUE, before)
-        assert [line.split()[-3:-1] for line in outcome.log.splitlines()] == [
-            ["0", "unlimited"], ["8388608", "8388608"], ["819200", "819200"],
-        ]  # fmt: skip
+        assert outcome.log.split()[3:5] == ["819200", "819200"]
 
     async def test_an_end_of_the_log_that_others_hold_holds_up_nothing(self, bench: Bench) -> None:
         request = bench.request("stat -L -c %i /proc/self/fd/1; sleep 1; echo last")
