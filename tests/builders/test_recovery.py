@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -21,7 +22,10 @@ from kiln.build.model import BuildOptions, BuildRequest, Constraints
 from kiln.builders.host import Host
 from kiln.builders.kept import KeptFailures, kept_failures, kept_until
 from kiln.builders.recovery import Recovered, recover
+from kiln.castore.local.database import BuildRow
 from kiln.castore.local.store import LocalStore
+from kiln.protos.kiln.build.v1 import build_pb2
+from kiln.protos.snix.build.protos import build_pb2 as snix_pb2
 from kiln.sandbox import cgroups
 from kiln.sandbox.cgroups import groups_of_store
 from kiln.sandbox.claims import Claims, is_held, release
@@ -194,6 +198,19 @@ async def test_a_journal_torn_by_a_crash_is_ended_after_its_last_whole_event(
         assert isinstance(said[-1].body.verdict, Failure)
         assert said[-1].body.verdict.log_tail == b"said\nunsaid\n"
     assert os.listdir(store.builds_dir) == []
+
+
+async def test_a_build_whose_request_breaks_a_newer_rule_is_ended_too(
+    store: LocalStore, hosting: Callable[..., Host], scripted: Callable[..., Any]
+) -> None:
+    refused = build_pb2.Submission(request=snix_pb2.BuildRequest(command_args=[""]))  # What an older kiln took.
+    parts = (refused.SerializeToString(), b"", b"")
+    record = b"".join(struct.pack("<I", len(part)) + part for part in parts)
+    store.builds.put(BuildRow("0123456789abcdef", 1.0, bytes(32), None, "{}", record))
+    recovered = await recover(store, cgroups.Hierarchies(), "test", kept_bytes_max=GIB)
+    assert recovered.builds == ("0123456789abcdef",)
+    async with hosting(scripted()) as host:
+        assert [type(event.body) for event in await watched(host, "0123456789abcdef")] == [Accepted, Finished]
 
 
 async def test_a_mount_in_an_abandoned_directory_goes_before_its_files(store: LocalStore, tmp_path: Path) -> None:

@@ -57,8 +57,12 @@ def decode_records(data: bytes, *, start: int) -> Iterator[Record]:
 
 def encode_archive(submission: Submission, last: Event | None = None, journal: bytes = b"") -> bytes:
     """What is kept of a build: what was asked and, once it ended, its last event and its journal."""
+    return _encoded(to_submission(submission).SerializeToString(deterministic=True), last, journal)
+
+
+def _encoded(submission: bytes, last: Event | None, journal: bytes) -> bytes:
     parts = (
-        to_submission(submission).SerializeToString(deterministic=True),
+        submission,
         b"" if last is None else encode_event(last),
         zlib.compress(journal, 1) if journal else b"",
     )
@@ -89,6 +93,10 @@ class Archive:
         if len(parts) != 3:
             raise Malformed("record of a build", f"it has {len(parts)} parts instead of 3")
         return cls(*parts)
+
+    def ended(self, last: Event, journal: bytes) -> bytes:
+        """The archive of the same build with its end. What was asked is not judged again: rules change with kilns."""
+        return _encoded(self.submission_bytes, last, journal)
 
     @property
     def submission(self) -> Submission:

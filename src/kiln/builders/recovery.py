@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from kiln.build.events import Accepted, Event, Failure, Finished, Log, Reason, Retry
-from kiln.builders.journal import Archive, decode_records, encode_archive, encode_record
+from kiln.builders.journal import Archive, decode_records, encode_record
 from kiln.builders.kept import KeptFailures, kept_until, remove_directory
 from kiln.builders.recording import JOURNAL, LOG
 from kiln.castore.errors import IngestNotFound
@@ -100,7 +100,7 @@ async def _end(store: LocalStore, row: BuildRow) -> str:
     elapsed_us = round(max(0.0, now_s - row.created) * 1e6)
     journal, last, log_bytes = _journal(f"{directory}/{JOURNAL}")
     if last is None:  # Only a crash of the machine takes all of it.
-        last = Event(row.id, 1, row.created, 0, 1, Accepted(row.digest, effective=archive.submission.options))
+        last = Event(row.id, 1, row.created, 0, 1, Accepted(row.digest))
         journal = encode_record(last)
     if not isinstance(last.body, Finished):
         if unsaid := _read(f"{directory}/{LOG}", log_bytes):  # Written, and the process killed before it said so.
@@ -111,7 +111,7 @@ async def _end(store: LocalStore, row: BuildRow) -> str:
         finished = Finished(failure, log=await _keep_log(store, f"{directory}/{LOG}"))
         last = replace(last, seq=last.seq + 1, time_s=now_s, elapsed_us=elapsed_us, body=finished)
         journal += encode_record(last)
-    record = encode_archive(archive.submission, last, journal)
+    record = archive.ended(last, journal)
     store.builds.put(replace(row, ended=last.time_s, record=record))
     return row.id
 
