@@ -3,8 +3,6 @@
 python examples/api.py STORE [WORD]
 """
 
-# ruff: noqa: INP001, T201  An example prints, and is no package.
-
 import asyncio
 import sys
 
