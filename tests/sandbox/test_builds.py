@@ -557,10 +557,12 @@ class TestStart:
         assert failure.reason is Reason.INFRASTRUCTURE
         assert "No such file" in failure.message
 
-    async def test_no_standby_process_or_group_outlives_its_builder(self, make_bench: MakeBench) -> None:
+    async def test_no_control_group_outlives_its_build(self, make_bench: MakeBench) -> None:
         bench = await make_bench()
-        await bench.run("true")
-        assert groups_of_store(bench.host.hierarchies, bench.store_id) or not bench.host.hierarchies.enforced
-        await bench.builder.aclose()
-        await bench.launcher.close()
+        task = asyncio.create_task(bench.run("echo on; sleep 60"))
+        while not groups_of_store(bench.host.hierarchies, bench.store_id) and bench.host.hierarchies.enforced:
+            await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
         assert groups_of_store(bench.host.hierarchies, bench.store_id) == []

@@ -95,7 +95,7 @@ class TestLimits:
         if "memory" not in bench.host.hierarchies.enforced:
             return  # Nothing bounds it there, and `Capabilities` says so.
         # In its need the kernel ends one process after another, the runtime among them.
-        failure = (await bench.run("dd if=/dev/zero of=/dev/shm/x bs=1M count=200; echo $?")).failure
+        failure = (await bench.run("dd if=/dev/zero of=/dev/shm/x bs=1M count=200 || exit 1")).failure
         assert failure.reason is Reason.RESOURCES_EXHAUSTED
         assert isinstance(failure.detail, LimitDetail)
         assert failure.detail.what == "memory"
@@ -174,9 +174,10 @@ class TestRuntimes:
         program = runtime(tmp_path / "runtime", f"sleep 1000 & echo $! > {made}; exit 1")
         null = os.open(os.devnull, os.O_RDWR)
         order = Order(
-            [program], os.getuid(), os.getgid(), status_descriptor=3, descriptors=dict.fromkeys(range(3), null)
-        )
-        launch = bench.launcher.launch(order, bench.launcher.stand_by([]))
+            [program], os.getuid(), os.getgid(), status_descriptor=3, descriptors=dict.fromkeys(range(3), null),
+            gate_descriptor=4, gate_contents="-", gate_rest="-", pause_descriptor=5, pause_contents="-",
+        )  # fmt: skip
+        launch = bench.launcher.launch(order)
         os.close(null)
         await launch.ended
         with pytest.raises(ProcessLookupError):

@@ -22,7 +22,6 @@ from kiln.castore.model import FileNode
 from kiln.sandbox.cgroups import Hierarchies, groups_of_store, remove_group
 from kiln.sandbox.claims import is_held, release, settled
 from kiln.sandbox.mounts import unmount
-from kiln.sandbox.standby import session_of
 
 _TAIL_BYTES = 8192
 _OCTAL = re.compile(rb"\\([0-7]{3})")  # How mountinfo writes spaces and the like.
@@ -61,9 +60,7 @@ def _is_held(store: LocalStore, build_id: str) -> bool:
 
 def _stop(store: LocalStore, hierarchies: Hierarchies, store_id: str) -> tuple[int, int, list[str]]:
     """End the processes of builds without an owner, then their mounts; returns which directories remain."""
-    sessions = os.path.dirname(store.tmp_dir)  # Opening the store has removed those of processes that are gone.
-    found = groups_of_store(hierarchies, store_id)
-    groups = [group for token, group in found if not os.path.isdir(f"{sessions}/{session_of(token)}")]
+    groups = [group for name, group in groups_of_store(hierarchies, store_id) if not _is_held(store, name)]
     for group in groups:
         remove_group(group)
     abandoned = [name for name in os.listdir(store.builds_dir) if not _is_held(store, name)]

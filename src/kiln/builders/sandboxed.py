@@ -7,8 +7,8 @@ import fcntl
 import os
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AbstractContextManager, asynccontextmanager
 from typing import Self
 
 from kiln.aio import Emit, streaming
@@ -54,7 +54,6 @@ from kiln.sandbox.layout import Layout
 from kiln.sandbox.plan import CONTRACT, HostFacts, Network, RootPlan, plan_root
 from kiln.sandbox.policy import Limits, Policy, limits_of, maxima_of
 from kiln.sandbox.runtime import Runtime, Sources, Streams
-from kiln.sandbox.standby import Seat, Seats, session_name
 from kiln.sandbox.supervise import Ending, Supervision
 from kiln.sandbox.uids import Identity, UidRange
 from kiln.sandbox.verdict import failure_of, readable_bytes
@@ -95,7 +94,7 @@ class SandboxedBuilder(BuildService):
         self._host = host
         self._uids = uids
         self._shell = shell
-        self._seats = Seats(launcher, host.hierarchies, store_id, session_name(store.tmp_dir))
+        self._store_id = store_id
         self._claims = Claims(store)
         self._removals: set[asyncio.Task[None]] = set()
         self._info = BuilderInfo(
@@ -121,7 +120,6 @@ class SandboxedBuilder(BuildService):
 
     async def aclose(self) -> None:
         """Wait until what ended builds left on disk is removed."""
-        self._seats.close()
         await asyncio.gather(*self._removals)
         self._claims.close()
 
@@ -304,10 +302,12 @@ class _Attempt:
         with contextlib.ExitStack() as stack:
             identity = stack.enter_context(self._builder._uids.taken()) if self._builder._uids else None
             self._layout.reopen(plan, identity)
-            seat = stack.enter_context(self._seat())
+            if identity is not None:  # Its session has to open the terminal again to be controlled by it.
+                os.fchown(streams.stdin, identity.uid, -1)
+            group = stack.enter_context(self._group())
             sources = Sources(inputs, self._layout.scratch, await self._shell_path())
             with self._builder._runtime.order(plan, sources, identity, streams) as order:
-                launch = self._builder._launcher.launch(self._completed(order), seat.standby)
+                launch = self._builder._launcher.launch(self._completed(order, group))
             try:
                 ended = await asyncio.shield(launch.ended)
             finally:
@@ -351,52 +351,53 @@ class _Attempt:
             user_namespaces=self._policy.allow_user_namespaces,
         )
 
-    @contextlib.contextmanager
-    def _seat(self) -> Iterator[Seat]:
-        """A standby process under this build's limits; its group is gone at the end, with all that is left in it."""
-        seat = self._builder._seats.take(self._limits)
-        try:
-            yield seat
-        finally:
-            seat.group.remove()
+    def _group(self) -> AbstractContextManager[cgroups.Group]:
+        return cgroups.group(
+            self._builder._host.hierarchies,
+            self._builder._store_id,
+            self._id,
+            memory_bytes=self._limits.memory_bytes,
+            processes=self._limits.processes,
+            cpu_millis=self._limits.cpu_millis,
+        )
 
     async def _run(self, plan: RootPlan, sources: Sources, identity: Identity | None) -> None:
         """Run the command. Raises _Refused unless it succeeds."""
         if plan.network is Network.HOST:
             text = "neither slirp4netns nor pasta is installed: the build shares the host's network"
             await self._emit(Notice("WEAKER_ISOLATION", text, {"weaker": "network"}))
-        with self._seat() as seat, _Pipes(identity, split=self._options.split_stderr) as pipes:
+        with self._group() as group, _Pipes(identity, split=self._options.split_stderr) as pipes:
             with self._builder._runtime.order(plan, sources, identity, pipes.streams) as order:
-                launch = self._builder._launcher.launch(self._completed(order), seat.standby)
+                launch = self._builder._launcher.launch(self._completed(order, group))
             pipes.close_theirs()
             supervision = Supervision(
                 launch,
                 logs=pipes.logs,
                 limits=self._limits,
                 emit=self._emit,
-                disk_bytes=lambda: self._layout.disk_bytes(seat.group.processes()),
-                sample=lambda: self._sampled(seat.group),
+                disk_bytes=lambda: self._layout.disk_bytes(group.processes()),
+                sample=lambda: self._sampled(group),
                 sample_every_s=self._options.sample_every_s,
             )
             running = asyncio.ensure_future(supervision.run())
             try:
                 await launch.running
                 await self._phase(PhaseKind.RUN)
-                self._builder._seats.refill()
                 ending = await running
             finally:
                 running.cancel()
                 await asyncio.gather(running, return_exceptions=True)
-            used = seat.group.usage()
+            used = group.usage()
         self._usage = _usage_of(ending, used)
         failure = failure_of(ending, used, self._limits)
         if failure is not None:
             raise _Refused(failure)
 
-    def _completed(self, order: Order) -> Order:
+    def _completed(self, order: Order, group: cgroups.Group) -> Order:
         limits = self._limits
         return dataclasses.replace(
             order,
+            cgroups=group.process_files,
             rlimits=_rlimits(limits, enforced=self._builder._host.hierarchies.enforced),
             cpus=self._builder._host.cpus(limits.cpu_millis),
             oom_score_adj=500,  # When the host itself runs out, builds go before whatever serves them.

@@ -32,7 +32,7 @@ from kiln.sandbox.runtime import Runtime, RuntimeInfo, Sources, Streams
 from kiln.sandbox.seccomp import filter_program
 from kiln.sandbox.uids import Identity
 
-_STDIN, _STDOUT, _STDERR, _ARGS, _SECCOMP, _PAUSE, _STATUS = 0, 1, 2, 10, 11, 12, 13
+_STDIN, _STDOUT, _STDERR, _ARGS, _SECCOMP, _PAUSE, _STATUS, _GATE = 0, 1, 2, 10, 11, 12, 13, 14
 _PAUSE_FILE = ".kiln-pause"
 _OLDEST = (0, 8)  # The first with --disable-userns.
 _READ_ONLY = mounts.RDONLY | mounts.NOSUID | mounts.NODEV
@@ -48,7 +48,7 @@ def bwrap_options(plan: RootPlan, *, terminal: bool = False) -> list[str]:
         options.append("--disable-userns")
     if not terminal:  # The launcher makes the session, and the terminal its own.
         options.append("--new-session")
-    options += ["--die-with-parent", "--uid", str(BUILD_UID), "--gid", str(BUILD_GID), "--hostname", HOSTNAME]
+    options += ["--uid", str(BUILD_UID), "--gid", str(BUILD_GID), "--hostname", HOSTNAME]
     options.append("--clearenv")
     for key, value in plan.environment:
         options += ["--setenv", key, os.fsdecode(value)]
@@ -121,7 +121,7 @@ class Bwrap(Runtime):
             memory_file("seccomp", self._filter) as seccomp,
         ):
             yield Order(
-                argv=[self._program, "--args", str(_ARGS), "--", *plan.command],
+                argv=[self._program, "--args", str(_GATE), "--args", str(_ARGS), "--", *plan.command],
                 uid=os.getuid() if identity is None else identity.uid,
                 gid=os.getgid() if identity is None else identity.uid,
                 status_descriptor=_STATUS,
@@ -132,6 +132,9 @@ class Bwrap(Runtime):
                     _ARGS: arguments,
                     _SECCOMP: seccomp,
                 },
+                gate_descriptor=_GATE,
+                gate_contents="--die-with-parent\0--unsetenv\0",
+                gate_rest="KILN\0",
                 pause_descriptor=_PAUSE,
                 pause_contents="-",
                 attach=attachments(plan, sources),

@@ -10,6 +10,7 @@ import errno
 import os
 import select
 import signal
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 _MOUNTS = "/proc/self/mountinfo"
@@ -166,29 +167,32 @@ class Group:
             remove_group(directory)
 
 
-def make_group(hierarchies: Hierarchies, store_id: str, token: str, *, cpu: bool) -> Group:
-    """A new group without limits, recognisable after a crash as this store's. Raises OSError where the kernel refuses.
+@contextlib.contextmanager
+def group(
+    hierarchies: Hierarchies, store_id: str, build_id: str, *, memory_bytes: int, processes: int, cpu_millis: int
+) -> Iterator[Group]:
+    """A new group with these limits (`cpu_millis` 0: none), removed at the end with all that is left in it.
 
-    With `cpu`, its CPU time can be limited, too: of v1's hierarchies that is one more for each process to join.
+    Its name says whose it is, should nobody be there at the end. Raises OSError where the kernel refuses.
     """
-    name = f"{_PREFIX}{store_id}-{token}"
-    group = Group({}, unified=hierarchies.v2 is not None)
+    name = f"{_PREFIX}{store_id}-{build_id}"
+    made = Group({}, unified=hierarchies.v2 is not None)
     bases = {"": hierarchies.v2} if hierarchies.v2 is not None else dict(hierarchies.v1)
     try:
         for controller, base in bases.items():
-            if controller == "cpu" and not cpu:
+            if controller == "cpu" and not cpu_millis:  # Of v1's hierarchies, one less for the process to join.
                 continue
-            group._directories[controller] = directory = f"{base}/{name}"
+            made._directories[controller] = directory = f"{base}/{name}"
             with contextlib.suppress(FileExistsError):  # Two controllers may share a hierarchy.
                 os.mkdir(directory)
-    except OSError:
-        group.remove()
-        raise
-    return group
+        made.limit(memory_bytes=memory_bytes, processes=processes, cpu_millis=cpu_millis)
+        yield made
+    finally:
+        made.remove()
 
 
 def groups_of_store(hierarchies: Hierarchies, store_id: str) -> list[tuple[str, str]]:
-    """(token, directory) of every group there is of this store."""
+    """(build id, directory) of every group there is of this store's builds."""
     prefix = f"{_PREFIX}{store_id}-"
     found = []
     for base in {hierarchies.v2, *(base for _, base in hierarchies.v1)} - {None}:

@@ -41,9 +41,15 @@ class Order:
     """Where the runtime writes its JSON status (bwrap's --json-status-fd)."""
     descriptors: Mapping[int, int]
     """Descriptor in the new process -> one of ours."""
-    pause_descriptor: int | None = None
-    pause_contents: str = ""
+    gate_descriptor: int
+    gate_contents: str
+    gate_rest: str
+    """From where it reads its first options, without which it ends, and waits for the rest (see `launcher_process`)."""
+    pause_descriptor: int
+    """From where it reads `pause_contents` once its root stands, and waits for their end."""
+    pause_contents: str
     attach: Sequence[Sequence[object]] = ()
+    cgroups: Sequence[str] = ()
     rlimits: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     cpus: Sequence[int] = ()
     personality: int = 0
@@ -112,8 +118,6 @@ class Launcher:
         self._process: subprocess.Popen[bytes] | None = None
         self._launches: dict[int, Launch] = {}
         self._count = 0
-        self._standbys = 0
-        self._first_ready = 1
 
     def start(self) -> None:
         """Start the process now, to save the first build its 20 ms."""
@@ -147,28 +151,10 @@ class Launcher:
         """The process, while there is one."""
         return self._process.pid if self._process is not None and self._socket is not None else None
 
-    def stand_by(self, groups: Sequence[str]) -> int:
-        """Have a process fork ahead of a build and join `groups` (files cgroup.procs); returns its number.
-
-        A number is good for one launch, as long as the launcher process lives (`is_ready`).
-        """
+    def launch(self, order: Order) -> Launch:
+        """Start what `order` says. Descriptors in it may be closed as soon as this returns."""
         if self._socket is None:
             self.start()
-            self._first_ready = self._standbys + 1
-        self._standbys += 1
-        self.send({"order": "stand_by", "standby": self._standbys, "cgroups": list(groups)}, [])
-        return self._standbys
-
-    def is_ready(self, standby: int) -> bool:
-        """Whether the process that stands by as `standby` is a child of the launcher process there is now."""
-        return self._socket is not None and standby >= self._first_ready
-
-    def dismiss(self, standby: int) -> None:
-        """End a standby that no build needs."""
-        self.send({"order": "dismiss", "standby": standby}, [])
-
-    def launch(self, order: Order, standby: int) -> Launch:
-        """Start what `order` says in the process `standby`. Descriptors in it may be closed as soon as this returns."""
         self._count += 1
         launch = Launch(self, self._count)
         body = {
@@ -179,7 +165,9 @@ class Launcher:
             "status": order.status_descriptor,
             "descriptors": list(order.descriptors),
             "attach": [list(step) for step in order.attach],
-            "standby": standby,
+            "gate": {"descriptor": order.gate_descriptor, "contents": order.gate_contents, "rest": order.gate_rest},
+            "pause": {"descriptor": order.pause_descriptor, "contents": order.pause_contents},
+            "cgroups": list(order.cgroups),
             "rlimits": {name: list(limit) for name, limit in order.rlimits.items()},
             "cpus": list(order.cpus),
             "personality": order.personality,
@@ -189,8 +177,6 @@ class Launcher:
                 {"argv": list(companion.argv), "as_launcher": companion.as_launcher} for companion in order.companions
             ],
         }
-        if order.pause_descriptor is not None:
-            body["pause"] = {"descriptor": order.pause_descriptor, "contents": order.pause_contents}
         with memory_file("order", json.dumps(body).encode()) as descriptor:
             self._launches[self._count] = launch
             self.send({"order": "launch"}, [descriptor, *order.descriptors.values()])

@@ -6,23 +6,27 @@ It trusts its one client, the process that started it; when that goes away, it k
 
 Orders and reports are JSON on a seqpacket socket. An order's body travels in a memory file, so it may have any size:
 
-    {"order": "stand_by", "standby": number, "cgroups": [file, …]}   a process for a build to come
-    {"order": "dismiss", "standby": number}
-    {"order": "launch"}, and in the body {"id", "standby", "argv", "descriptors": [target, …], "attach": […], …}
+    {"order": "launch"}, and in the body {"id", "argv", "descriptors": [target, …], "attach": […], "cgroups", …}
     {"order": "kill", "id"}
     report: {"id", "event": "running" | "killed" | "failed" | "ended", …}
 
-How the root is completed. bwrap is given one last file to copy whose contents come through a pipe of one slot. The pipe
-becomes writable at the moment bwrap reads from it; until the pipe is closed, bwrap waits, its new root assembled at
-/newroot, the host's at /oldroot, and no command started. In that pause the launcher enters bwrap's mount namespace and
-makes the rest: directories, files, and one mount for each input, which costs microseconds each where bwrap's own
---ro-bind rereads the whole mount table for each (500 inputs: 11 ms against 82 and more).
+How a runtime is started and completed. bwrap is made to wait twice, each time by a pipe of one slot, filled
+beforehand, from which it has to read to the end. The pipe becomes writable when bwrap has begun to read; until it is
+closed, bwrap waits. Nothing polls, and no time limit is involved.
+
+At the *gate* it reads the first of its options, of which the last lacks its value: should the launcher die and the pipe
+end, bwrap ends too. It has been spawned, not forked, for a fork of this process and an exec out of it take longer than
+all of bwrap. What can be set only for a process that exists (control groups, limits, CPUs) is set now.
+
+In the *pause* it copies a file, as the last of its set-up. Its new root is assembled at /newroot, the host's is at
+/oldroot, and no command has started. The launcher enters bwrap's mount namespace and makes the rest: directories,
+files, and one mount for each input, which costs microseconds each where bwrap's own --ro-bind rereads the whole mount
+table for each (500 inputs: 11 ms against 82 and more).
 """
 
 import array
 import contextlib
 import fcntl
-import itertools
 import json
 import os
 import resource
@@ -31,10 +35,8 @@ import selectors
 import signal
 import socket
 import sys
-import termios
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from kiln.sandbox import mounts
 
@@ -42,7 +44,7 @@ Order = Mapping[str, Any]
 
 _ORDER_BYTES_MAX = 4096
 _DESCRIPTORS_MAX = 16
-_DESCRIPTORS_END = 1 << 20
+_SIGNALS = sorted(signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP})
 _F_SETPIPE_SZ = 1031
 _ONE_SLOT = 4096
 _COMPANION_READY_S = 10
@@ -55,27 +57,18 @@ def _raw(text: str) -> bytes:
     return text.encode("utf-8", "surrogateescape")
 
 
-@dataclass(frozen=True)
-class Standby:
-    """A process that waits for an order; what keeps it from becoming the runtime comes out of `trouble`."""
-
-    pid: int
-    socket: socket.socket
-    trouble: int
-
-
 class Build:
     """One runtime process, from its start until nothing of it is left."""
 
-    def __init__(self, order: Order, standby: Standby, status: int, pause: int | None) -> None:
+    def __init__(self, order: Order, pid: int, status: int, *, gate: int, pause: int) -> None:
         self.order = order
         self.id: int = order["id"]
-        self.pid = standby.pid
-        self.pidfd = os.pidfd_open(standby.pid)
-        self.trouble = standby.trouble
+        self.pid = pid
+        self.pidfd = os.pidfd_open(pid)
         self.status = status
         self.status_text = b""
-        self.pause = pause
+        self.gate: int | None = gate
+        self.pause: int | None = pause
         self.init_pidfd: int | None = None
         self.init_pid: int | None = None
         self.companions: list[int] = []
@@ -114,18 +107,18 @@ class Build:
                 with contextlib.suppress(ProcessLookupError):
                     signal.pidfd_send_signal(pidfd, signal.SIGKILL)
 
-    def drop_pause(self) -> None:
-        """Close our end: a runtime that waits goes on."""
-        if self.pause is not None:
-            os.close(self.pause)
-            self.pause = None
+    def drop(self, name: str) -> None:
+        """Close our end of the pipe `name`: a runtime that waits there goes on."""
+        if (pipe := getattr(self, name)) is not None:
+            os.close(pipe)
+            setattr(self, name, None)
 
     def close(self) -> None:
         """Release every descriptor."""
-        for descriptor in (self.pidfd, self.status, self.trouble, self.pause, self.init_pidfd):
+        for descriptor in (self.pidfd, self.status, self.gate, self.pause, self.init_pidfd):
             if descriptor is not None:
                 os.close(descriptor)
-        self.pause = self.init_pidfd = None
+        self.gate = self.pause = self.init_pidfd = None
 
 
 class LauncherProcess:
@@ -135,7 +128,6 @@ class LauncherProcess:
         self.client = client
         self.selector = selectors.DefaultSelector()
         self.builds: dict[int, Build] = {}
-        self.standbys: dict[int, Standby] = {}
         self.own_mounts = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
         self.is_root = os.geteuid() == 0
         self.ended = False
@@ -151,8 +143,6 @@ class LauncherProcess:
             build.kill()
         for build in list(self.builds.values()):
             self.reap(build)
-        for number in list(self.standbys):
-            self.dismiss(number)
 
     def report(self, **fields: object) -> None:
         """Tell the client; one that is gone is noticed by the loop."""
@@ -168,73 +158,129 @@ class LauncherProcess:
         head = json.loads(message)
         try:
             match head["order"]:
-                case "stand_by":
-                    self.stand_by(head["standby"], head["cgroups"])
-                case "dismiss":
-                    self.dismiss(head["standby"])
                 case "kill":
                     if (build := self.builds.get(head["id"])) is not None:
                         build.kill()
                         self.report(id=build.id, event="killed")
                 case "launch":
-                    self.launch(_read_order(descriptors[0]), descriptors)
+                    self.launch(_read_order(descriptors[0]), descriptors[1:])
         finally:
             for descriptor in descriptors:
                 os.close(descriptor)
 
-    def stand_by(self, number: int, groups: list[str]) -> Standby:
-        """Fork the process of a build to come, which joins its control groups and waits there for its order."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        trouble, trouble_writer = os.pipe()
-        launcher = os.getpid()
-        pid = os.fork()
-        if pid == 0:
-            _await_order(theirs, trouble_writer, groups, launcher)
-        theirs.close()
-        os.close(trouble_writer)
-        self.standbys[number] = standby = Standby(pid, ours, trouble)
-        return standby
-
     def launch(self, order: Order, descriptors: list[int]) -> None:
-        """Hand the order to its standby process, which becomes the runtime; failing to is reported, never raised."""
-        standby = self.standbys.pop(order["standby"])
+        """Start the runtime; failing to is reported, never raised."""
         status, status_writer = os.pipe()
         os.set_blocking(status, False)
-        theirs = [status_writer]
-        pause = None
-        if "pause" in order:
-            reader, pause = os.pipe()
-            fcntl.fcntl(pause, _F_SETPIPE_SZ, _ONE_SLOT)
-            os.write(pause, _raw(order["pause"]["contents"]))
-            theirs.append(reader)
-        # One that is dead already is noticed below, by its pidfd.
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            socket.send_fds(standby.socket, [b"go"], [*descriptors, *theirs])
-        standby.socket.close()
-        for descriptor in theirs:
-            os.close(descriptor)
-        build = Build(order, standby, status, pause)
-        self.builds[build.id] = build
+        gate_reader, gate = _awaited_pipe(order["gate"]["contents"])
+        pause_reader, pause = _awaited_pipe(order["pause"]["contents"])
+        inherited = {
+            **dict(zip(order["descriptors"], descriptors, strict=True)),
+            order["status"]: status_writer,
+            order["gate"]["descriptor"]: gate_reader,
+            order["pause"]["descriptor"]: pause_reader,
+        }
+        try:
+            pid = self.spawn(order, inherited)
+        except OSError as error:
+            for descriptor in (status, gate, pause):
+                os.close(descriptor)
+            self.report(id=order["id"], event="failed", message=f"{order['argv'][0]}: {error}")
+            return
+        finally:
+            for descriptor in (status_writer, gate_reader, pause_reader):
+                os.close(descriptor)
+        self.builds[order["id"]] = build = Build(order, pid, status, gate=gate, pause=pause)
         self.selector.register(build.pidfd, selectors.EVENT_READ, lambda: self.on_exit(build))
-        if pause is not None:
-            self.selector.register(pause, selectors.EVENT_WRITE, lambda: self.on_pause(build))
-        else:
-            self.report(id=build.id, event="running")
+        self.selector.register(gate, selectors.EVENT_WRITE, lambda: self.on_gate(build))
 
-    def dismiss(self, number: int) -> None:
-        """End a standby process that is not wanted any more."""
-        standby = self.standbys.pop(number)
-        standby.socket.close()
-        os.close(standby.trouble)
-        os.waitpid(standby.pid, 0)
+    def on_gate(self, build: Build) -> None:
+        """The runtime waits for the rest of its options: confine it, then let it go on."""
+        if self.waits_at(build, "gate"):
+            assert build.gate is not None
+            assert build.pause is not None
+            try:
+                self.confine(build)
+                os.write(build.gate, _raw(build.order["gate"]["rest"]))
+            except OSError as error:
+                build.failure = f"cannot confine the runtime: {error}"
+                build.kill()
+            self.selector.register(build.pause, selectors.EVENT_WRITE, lambda: self.on_pause(build))
+        build.drop("gate")
+
+    def waits_at(self, build: Build, name: str) -> bool:
+        """Whether the runtime is there, waiting at the pipe `name`; if it has ended, `on_exit` tells or has told."""
+        pipe = getattr(build, name)
+        if pipe is None:
+            return False
+        self.selector.unregister(pipe)
+        return _is_awaited(pipe)
+
+    def spawn(self, order: Order, inherited: Mapping[int, int]) -> int:
+        """A new process that is the runtime, under the order's ids; `inherited` maps its descriptors to ours."""
+        # Out of the way of the targets first: a source may have the number of another's target.
+        floor = max(*inherited, *inherited.values()) + 1
+        moved = {target: fcntl.fcntl(source, fcntl.F_DUPFD_CLOEXEC, floor) for target, source in inherited.items()}
+        actions: list[tuple[int, ...] | tuple[int, int, str, int, int]] = [
+            (os.POSIX_SPAWN_DUP2, source, target) for target, source in moved.items()
+        ]
+        if order["terminal"]:  # A session's first terminal becomes the one that controls it, by being opened.
+            actions.append((os.POSIX_SPAWN_OPEN, 0, f"/proc/self/fd/{moved[0]}", os.O_RDWR, 0))
+        mounts.leave_session_keyring()  # A new one for each build, or builds could leave each other keys.
+        with self.acting(order, real_only=True):
+            mounts.set_personality(order["personality"])
+            try:
+                return os.posix_spawn(
+                    order["argv"][0],
+                    [_raw(word) for word in order["argv"]],
+                    {},
+                    file_actions=actions,
+                    resetids=True,
+                    setsid=order["terminal"],
+                    setsigdef=_SIGNALS,
+                    setsigmask=(),
+                )
+            finally:
+                mounts.set_personality(0)
+                for descriptor in moved.values():
+                    os.close(descriptor)
+
+    def confine(self, build: Build) -> None:
+        """Put the runtime, which waits at its gate, into its control groups and under its limits."""
+        order, pid = build.order, build.pid
+        for group in order["cgroups"]:
+            _write(group, str(pid))
+        with contextlib.suppress(OSError):
+            _write(f"/proc/{pid}/oom_score_adj", str(order["oom_score_adj"]))
+        if order["cpus"]:
+            os.sched_setaffinity(pid, order["cpus"])
+        for name, (soft, hard) in order["rlimits"].items():
+            which = getattr(resource, name)
+            try:
+                resource.prlimit(pid, which, (soft, hard))
+            except (PermissionError, ValueError):  # Without CAP_SYS_RESOURCE: as its user, and no more than it has.
+                with self.acting(order, real_only=False):
+                    resource.prlimit(pid, which, _attainable(pid, which, soft, hard))
+
+    @contextlib.contextmanager
+    def acting(self, order: Order, *, real_only: bool) -> Iterator[None]:
+        """Have the order's ids for the block, where we are root: as real ids only, or as effective ones, too."""
+        if not self.is_root:
+            yield
+            return
+        uid, gid = order["uid"], order["gid"]
+        os.setresgid(gid, 0 if real_only else gid, 0)
+        os.setresuid(uid, 0 if real_only else uid, 0)
+        try:
+            yield
+        finally:
+            os.setresuid(0, 0, 0)
+            os.setresgid(0, 0, 0)
 
     def on_pause(self, build: Build) -> None:
-        """The runtime waits with its root assembled: complete it, then let the runtime go on."""
-        if build.pause is None:
-            return  # It ended, and `on_exit` came first.
-        self.selector.unregister(build.pause)
-        if not _is_awaited(build.pause):
-            build.drop_pause()  # The runtime ended before it came this far; `on_exit` tells of that.
+        """The runtime waits with its root assembled: complete it, then let it go on."""
+        if not self.waits_at(build, "pause"):
+            build.drop("pause")
             return
         build.find_init()
         if build.init_pidfd is None:
@@ -247,7 +293,7 @@ class LauncherProcess:
                 build.failure = str(error)
         if build.failure is not None:
             build.kill()
-        build.drop_pause()
+        build.drop("pause")
         if build.failure is None:
             self.report(id=build.id, event="running")
 
@@ -298,10 +344,12 @@ class LauncherProcess:
     def on_exit(self, build: Build) -> None:
         """The runtime is gone, so the command is; end what it left running. Others go on while that dies."""
         self.selector.unregister(build.pidfd)
-        if build.pause is not None:
-            self.selector.unregister(build.pause)
+        for pipe in (build.gate, build.pause):
+            if pipe is not None and pipe in self.selector.get_map():
+                self.selector.unregister(pipe)
         build.kill()
-        build.drop_pause()
+        build.drop("gate")
+        build.drop("pause")
         if build.init_pidfd is None:
             self.reap(build)
         else:
@@ -332,8 +380,6 @@ class LauncherProcess:
         del self.builds[build.id]
         self.end_orphans()
         said = {key: value for document in build.read_status() for key, value in document.items()}
-        if trouble := os.read(build.trouble, _ORDER_BYTES_MAX):
-            build.failure = trouble.decode(errors="replace")
         build.close()
         if build.failure is not None:
             self.report(id=build.id, event="failed", message=build.failure)
@@ -345,7 +391,7 @@ class LauncherProcess:
 
     def end_orphans(self) -> None:
         """End what is our child by adoption only: a runtime killed before it named the process it had just made."""
-        known: set[int | None] = {standby.pid for standby in self.standbys.values()}
+        known: set[int | None] = set()
         for build in self.builds.values():
             known |= {build.pid, build.init_pid, *build.companions}
         while orphans := _children() - known:
@@ -380,71 +426,19 @@ def _read_order(body: int) -> dict[str, Any]:
     return order
 
 
+def _awaited_pipe(contents: str) -> tuple[int, int]:
+    """A pipe that is full with `contents`, at most a page: it becomes writable when its reader has begun to read."""
+    reader, writer = os.pipe()
+    fcntl.fcntl(writer, _F_SETPIPE_SZ, _ONE_SLOT)
+    os.write(writer, _raw(contents))
+    return reader, writer
+
+
 def _is_awaited(pipe: int) -> bool:
     """Whether the other end of `pipe`, to which we could write, is still open."""
     poll = select.poll()
     poll.register(pipe, select.POLLOUT)
     return not any(events & select.POLLERR for _, events in poll.poll(0))
-
-
-def _await_order(orders: socket.socket, trouble: int, groups: list[str], launcher: int) -> NoReturn:
-    """In the new process: join the control groups ahead of time, for the kernel makes that wait; then take an order."""
-    try:
-        # Whatever else the launcher had open is not ours; a pause held open here would never end.
-        ours = sorted((orders.fileno(), trouble))
-        for low, high in itertools.pairwise((2, *ours, _DESCRIPTORS_END)):
-            os.closerange(low + 1, high)
-        for group in groups:
-            with open(group, "w") as processes:
-                processes.write("0")
-        mounts.leave_session_keyring()
-        message, descriptors = _receive(orders)
-        if not message:
-            os._exit(0)
-        orders.close()
-        order = _read_order(descriptors[0])
-        pause = [order["pause"]["descriptor"]] if "pause" in order else []
-        targets = [*order["descriptors"], order["status"], *pause]
-        _become(order, dict(zip(targets, descriptors[1:], strict=True)), trouble, launcher)
-    except BaseException as error:  # noqa: BLE001  # Whatever it is, it must not run on as a second launcher.
-        with contextlib.suppress(OSError):  # Dismissed meanwhile, its group is gone, and nobody wants to know.
-            os.write(trouble, str(error).encode(errors="replace"))
-    os._exit(127)
-
-
-def _become(order: Order, inherited: Mapping[int, int], trouble: int, launcher: int) -> NoReturn:
-    """Take on the build's limits and ids and become the runtime; what is in the way goes to `trouble`."""
-    try:
-        # Out of the way of the targets first: a source may have the number of another's target.
-        floor = max(*inherited, *inherited.values(), trouble) + 1
-        moved = {target: fcntl.fcntl(source, fcntl.F_DUPFD_CLOEXEC, floor) for target, source in inherited.items()}
-        trouble = fcntl.fcntl(trouble, fcntl.F_DUPFD_CLOEXEC, floor)
-        for target, source in moved.items():
-            os.dup2(source, target, inheritable=True)
-        if order["terminal"]:
-            os.setsid()
-            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-        for name, (soft, hard) in order["rlimits"].items():
-            _set_rlimit(getattr(resource, name), soft, hard)
-        with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:
-            score.write(str(order["oom_score_adj"]))
-        if order["cpus"]:
-            os.sched_setaffinity(0, order["cpus"])
-        os.umask(0o022)
-        _default_signals()
-        if os.geteuid() == 0:
-            os.setgroups([])
-            os.setresgid(order["gid"], order["gid"], order["gid"])
-            os.setresuid(order["uid"], order["uid"], order["uid"])
-        mounts.set_personality(order["personality"])
-        os.chdir("/")
-        mounts.die_with_parent(signal.SIGKILL)  # bwrap sees to that itself, but only once it has begun.
-        if os.getppid() != launcher:
-            os._exit(127)
-        os.execve(order["argv"][0], [_raw(word) for word in order["argv"]], {})  # noqa: S606  # No shell is wanted.
-    except OSError as error:
-        os.write(trouble, f"{order['argv'][0]}: {error}".encode(errors="replace"))
-    os._exit(127)
 
 
 def _default_signals() -> None:
@@ -455,16 +449,21 @@ def _default_signals() -> None:
             signal.signal(number, signal.SIG_DFL)
 
 
-def _set_rlimit(which: int, soft: int, hard: int) -> None:
-    """Set a limit, or as much of it as the host's own hard limit allows where we may not raise that; -1 is no limit."""
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(which, (soft, hard))
-        return
-    _, ceiling = resource.getrlimit(which)
+def _attainable(pid: int, which: int, soft: int, hard: int) -> tuple[int, int]:
+    """As much of a limit as the process's present hard limit allows; -1 is no limit."""
+    _, ceiling = resource.prlimit(pid, which)
     if ceiling != resource.RLIM_INFINITY:
         hard = ceiling if hard == resource.RLIM_INFINITY else min(hard, ceiling)
         soft = hard if soft == resource.RLIM_INFINITY else min(soft, hard)
-    resource.setrlimit(which, (soft, hard))
+    return soft, hard
+
+
+def _write(path: str, value: str) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(descriptor, value.encode())
+    finally:
+        os.close(descriptor)
 
 
 def _run_companion(argv: list[str], ids: Order | None) -> None:
@@ -515,7 +514,7 @@ def complete_root(steps: list[list[Any]], uid: int, gid: int) -> None:
     Steps: ["dir", path, mode] ["file", path, mode, contents] ["link", path, target] ["remove", path]
     ["bind", source, path, attributes, recursive] ["tmpfs", path, attributes, options] ["attributes", path, attributes]
     """
-    os.umask(0)
+    umask = os.umask(0)
     acting = (0, 0)
 
     def act(wanted: tuple[int, int]) -> None:
@@ -553,6 +552,7 @@ def complete_root(steps: list[list[Any]], uid: int, gid: int) -> None:
             source = f" (from {step[1]})" if kind == "bind" else ""
             raise OSError(f"cannot make {kind} {where}{source}: {error}") from error
     act((0, 0))
+    os.umask(umask)
 
 
 def main() -> None:
@@ -561,5 +561,9 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)  # The client decides when builds end, and its own end is noticed.
     client = socket.socket(fileno=int(sys.argv[1]))
     client.set_inheritable(False)  # It came by inheritance; no build may have it.
+    os.umask(0o022)
+    if os.geteuid() == 0:
+        os.setgroups([])
     mounts.adopt_orphans()
+    os.chdir("/")
     LauncherProcess(client).run()
