@@ -4,7 +4,7 @@ import dataclasses
 import os
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -24,7 +24,9 @@ async def make_bench(tmp_path: Path) -> AsyncIterator[MakeBench]:
     """Makes builders with a policy of one's own; what they leave running or on disk at the end is an error."""
     made: list[Bench] = []
 
-    async def make(policy: Policy | None = None, program: str | None = None) -> Bench:
+    async def make(
+        policy: Policy | None = None, program: str | None = None, weaker: Mapping[str, str] | None = None
+    ) -> Bench:
         bwrap, busybox = shutil.which("bwrap"), shutil.which("busybox")
         assert bwrap is not None, "bubblewrap is not installed: run ./dev setup"
         assert busybox is not None, "busybox-static is not installed: run ./dev setup"
@@ -33,6 +35,8 @@ async def make_bench(tmp_path: Path) -> AsyncIterator[MakeBench]:
         launcher = Launcher()
         store_id = f"{tmp_path.name}{len(made)}"
         host = detect_host()
+        if weaker is not None:
+            host = dataclasses.replace(host, weaker=weaker)
         policy = policy or Policy(memory_bytes=4 * GIB, keep_on_failure_s=0)
         uids = UidRange(lock_dir=str(tmp_path / "uids")) if os.geteuid() == 0 else None
         builder = SandboxedBuilder(

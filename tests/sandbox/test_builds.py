@@ -509,6 +509,14 @@ class TestConstraints:
             assert outcome.log.startswith("2\nnameserver ")
         assert not outcome.finished.verdict.cacheable  # type: ignore[union-attr]
 
+    async def test_a_result_of_weaker_isolation_is_not_cacheable(self, make_bench: MakeBench) -> None:
+        for weaker, cacheable in (({}, True), ({"limits": "no group"}, True), ({"foreign-binaries": "binfmt"}, False)):
+            bench = await make_bench(weaker=weaker)
+            outcome = await bench.run(": > out", outputs=("build/out",))
+            assert outcome.outputs
+            assert outcome.finished.verdict.cacheable is cacheable  # type: ignore[union-attr]
+            assert ("foreign-binaries" in outcome.finished.verdict.why_not) is not cacheable  # type: ignore[union-attr]
+
     async def test_a_32_bit_build_believes_so(self, bench: Bench) -> None:
         if "i686-linux" not in bench.host.systems:
             failure = (await bench.run("true", constraints=Constraints(system="i686-linux"))).failure

@@ -268,6 +268,9 @@ class _Attempt:
             return "it had the network"
         if wanted.available_ro_paths:
             return "it saw paths of the host"
+        # Limits that hold less firmly can make a build fail, but no success differ.
+        if weaker := sorted(self._builder._info.weaker.keys() - {"limits"}):
+            return f"it ran in weaker isolation: {', '.join(weaker)}"
         return ""
 
     async def _phase(self, kind: PhaseKind) -> None:
