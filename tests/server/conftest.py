@@ -97,7 +97,7 @@ def serve_builds(tmp_path: Path) -> ServeBuilds:
         heartbeat_s: float = 15.0,
         addresses: tuple[str, ...] = (),
         security: Security = Security(),  # noqa: B008  A frozen value.
-        **limits: int,
+        **limits: Any,
     ) -> AsyncIterator[Served]:
         socket = tmp_path / "kiln.sock"
         store = LocalStore.open(str(tmp_path / "store"), scheme=scheme)
