@@ -1460,9 +1460,9 @@ class Limit(_message.Message):
     LIMIT_FIELD_NUMBER: _builtins.int
     PEAK_FIELD_NUMBER: _builtins.int
     what: _builtins.str
-    """"memory", "processes", "disk", "log", "wall" or "silence"."""
+    """"memory", "processes", "disk", "log", "wall" or "silence"; "entries" of an input's tree."""
     limit: _builtins.int
-    """Bytes, a number of processes, or milliseconds."""
+    """Bytes, a number of processes or entries, or milliseconds."""
     peak: _builtins.int
     """What was reached; 0 where it was not measured."""
     def __init__(
