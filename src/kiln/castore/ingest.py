@@ -7,7 +7,7 @@ whatever its owner does meanwhile. It blocks: run it in a thread.
 import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from errno import EACCES, ELOOP, EMLINK, ENOENT, ENOTDIR, ENXIO, EPERM, EXDEV
@@ -427,25 +427,42 @@ def _path(where: Descent | bytes, name: bytes) -> bytes:
 def _pump(descriptor: int, size: int, hasher: Hasher, stream: Stream | None, target: int | None) -> bool:
     """Read to the end through the hasher, the scanner and, if given, into `target`; False if it is not `size` bytes.
 
-    One chunk is hashed in a second thread (the hashers let go of the GIL) while this one writes and scans it, then
-    reads the next.
+    Two threads share the work, for hashers, scanners and the kernel all let go of the GIL: where there is something to
+    write or scan, the other one reads and hashes the next chunk meanwhile; else it hashes while this one reads.
     """
-    total = 0
     if target is not None and clone_contents(descriptor, target):
         descriptor, target = target, None  # A snapshot: nothing to write, and nobody else can change it.
-    hashing: Future[object] | None = None
+
+    def hash_next() -> bytes:
+        chunk = os.read(descriptor, _CHUNK_BYTES)
+        hasher.update(chunk)
+        return chunk
+
     with ThreadPoolExecutor(1) as executor:
-        while total <= size and (chunk := os.read(descriptor, _CHUNK_BYTES)):
-            if hashing is not None:
-                hashing.result()
-            hashing = executor.submit(hasher.update, chunk)
+        if target is None and stream is None:
+            return _read_and_hash(descriptor, size, hasher, executor)
+        total = 0
+        hashing = executor.submit(hash_next)
+        while total <= size and (chunk := hashing.result()):
             total += len(chunk)
+            hashing = executor.submit(hash_next)
             if target is not None:
                 write_all(target, chunk)
             if stream is not None:
                 stream.feed(chunk)
+    return total == size
+
+
+def _read_and_hash(descriptor: int, size: int, hasher: Hasher, executor: Executor) -> bool:
+    total = 0
+    hashing: Future[object] | None = None
+    while total <= size and (chunk := os.read(descriptor, _CHUNK_BYTES)):
         if hashing is not None:
             hashing.result()
+        hashing = executor.submit(hasher.update, chunk)
+        total += len(chunk)
+    if hashing is not None:
+        hashing.result()
     return total == size
 
 
