@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kiln.build.model import BuildRequest, Constraints
+from kiln.build.validate import is_within
 from kiln.castore.model import Digest, DirectoryNode, FileNode, SymlinkNode
 from kiln.sandbox.plan import (
     HostFacts,
@@ -15,7 +16,6 @@ from kiln.sandbox.plan import (
     RootPlan,
     Scratch,
     Shell,
-    is_within,
     outermost,
     parents,
     plan_root,

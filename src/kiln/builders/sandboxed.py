@@ -37,9 +37,9 @@ from kiln.build.events import (
     UnmetDetail,
     Usage,
 )
-from kiln.build.model import BuildOptions, BuildRequest
+from kiln.build.model import CONTRACT, BuildOptions, BuildRequest
 from kiln.build.service import BuildService, Capabilities
-from kiln.castore.dirfd import remove_tree
+from kiln.castore.dirfd import remove_path
 from kiln.castore.errors import ContentMissing, EntriesTooMany, IngestRefused
 from kiln.castore.local.store import LocalStore
 from kiln.castore.local.trouble import host_trouble
@@ -51,7 +51,7 @@ from kiln.sandbox.errors import BuildNotKept, ShellMissing
 from kiln.sandbox.host import Host
 from kiln.sandbox.launcher import Ended, Launcher, Order
 from kiln.sandbox.layout import Layout
-from kiln.sandbox.plan import CONTRACT, HostFacts, Network, RootPlan, plan_root
+from kiln.sandbox.plan import HostFacts, Network, RootPlan, plan_root
 from kiln.sandbox.policy import Limits, Policy, limits_of, maxima_of
 from kiln.sandbox.runtime import Runtime, Sources, Streams
 from kiln.sandbox.supervise import Ending, Supervision
@@ -59,7 +59,6 @@ from kiln.sandbox.uids import Identity, UidRange
 from kiln.sandbox.verdict import failure_of, readable_bytes
 from kiln.version import __version__
 
-_F_SETPIPE_SZ = 1031
 _PIPE_BYTES = 1 << 20  # A build that writes much is read in gulps; with the kernel's 64 KiB it would wait each time.
 
 
@@ -152,7 +151,7 @@ class SandboxedBuilder(BuildService):
         """Remove a build's directory without keeping its caller waiting; a crash leaves it to the next start."""
         doomed = f"{self._store.tmp_dir}/build-{secrets.token_hex(8)}"
         os.rename(path, doomed)
-        task = asyncio.create_task(asyncio.to_thread(_remove, doomed))
+        task = asyncio.create_task(asyncio.to_thread(remove_path, doomed))
         self._removals.add(task)
         task.add_done_callback(self._removals.discard)
 
@@ -455,14 +454,6 @@ class _Attempt:
         return tuple(outputs)
 
 
-def _remove(path: str) -> None:
-    parent = os.open(os.path.dirname(path), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        remove_tree(os.fsencode(os.path.basename(path)), dir_fd=parent)
-    finally:
-        os.close(parent)
-
-
 def _with_shell(request: BuildRequest, system: str) -> BuildRequest:
     """`request` with a shell for its command. Where it has put something of its own at /bin, that has to bring one."""
     constraints = dataclasses.replace(request.constraints, system=request.constraints.system or system)
@@ -531,7 +522,7 @@ class _Pipes:
         for stream in (Stream.OUTPUT, Stream.STDERR) if split else (Stream.OUTPUT,):
             reader, writer = os.pipe()
             with contextlib.suppress(OSError):  # More than the host allows an ordinary user; then it is slower.
-                fcntl.fcntl(writer, _F_SETPIPE_SZ, _PIPE_BYTES)
+                fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
             self.logs[reader] = stream
             self._writers.append(writer)
             if identity is not None:  # Else `> /dev/stderr` inside could not open it again.

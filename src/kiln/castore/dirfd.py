@@ -164,6 +164,16 @@ def remove_tree(name: bytes, *, dir_fd: int) -> None:
     os.rmdir(name, dir_fd=dir_fd)
 
 
+def remove_path(path: str) -> None:
+    """`remove_tree` of what is at `path`."""
+    parent, name = os.path.split(os.fsencode(path.rstrip("/")))
+    dir_fd = os.open(parent or b".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        remove_tree(name, dir_fd=dir_fd)
+    finally:
+        os.close(dir_fd)
+
+
 def _open_writable(name: bytes, dir_fd: int) -> int:
     """Open the directory `name` so that its entries can be removed and it can be moved."""
     if os.geteuid() != 0:  # Nothing stops root.

@@ -59,7 +59,7 @@ def bwrap_options(plan: RootPlan, *, terminal: bool = False) -> list[str]:
 
 
 def attachments(plan: RootPlan, sources: Sources) -> list[list[object]]:
-    """The steps that complete bwrap's root (pure); see `launcher_process.complete_root`."""
+    """The steps that complete bwrap's root (pure); see `complete_root`."""
     # bwrap has made /proc and /dev. Its /dev/core names a file that only the host's root may read, and Nix has none.
     steps: list[list[object]] = [["remove", _PAUSE_FILE], ["remove", "dev/core"]]
     steps += [["dir", path, 0o755] for path in plan.directories if path not in {"proc", "dev"}]

@@ -39,22 +39,15 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from kiln.sandbox import mounts
+from kiln.sandbox.complete_root import complete_root, raw
 
 Order = Mapping[str, Any]
 
 _ORDER_BYTES_MAX = 4096
 _DESCRIPTORS_MAX = 16
 _SIGNALS = sorted(signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP})
-_F_SETPIPE_SZ = 1031
 _ONE_SLOT = 4096
 _COMPANION_READY_S = 10
-_NEW_ROOT = b"/newroot"
-_OLD_ROOT = b"/oldroot"
-_IN_THE_ROOTS_TMPFS = frozenset({"dir", "file", "link", "remove"})
-
-
-def _raw(text: str) -> bytes:
-    return text.encode("utf-8", "surrogateescape")
 
 
 class Build:
@@ -201,7 +194,7 @@ class LauncherProcess:
             assert build.pause is not None
             try:
                 self.confine(build)
-                os.write(build.gate, _raw(build.order["gate"]["rest"]))
+                os.write(build.gate, raw(build.order["gate"]["rest"]))
             except OSError as error:
                 build.failure = f"cannot confine the runtime: {error}"
                 build.kill()
@@ -232,7 +225,7 @@ class LauncherProcess:
             try:
                 return os.posix_spawn(
                     order["argv"][0],
-                    [_raw(word) for word in order["argv"]],
+                    [raw(word) for word in order["argv"]],
                     {},
                     file_actions=actions,
                     resetids=True,
@@ -429,8 +422,8 @@ def _read_order(body: int) -> dict[str, Any]:
 def _awaited_pipe(contents: str) -> tuple[int, int]:
     """A pipe that is full with `contents`, at most a page: it becomes writable when its reader has begun to read."""
     reader, writer = os.pipe()
-    fcntl.fcntl(writer, _F_SETPIPE_SZ, _ONE_SLOT)
-    os.write(writer, _raw(contents))
+    fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, _ONE_SLOT)
+    os.write(writer, raw(contents))
     return reader, writer
 
 
@@ -506,53 +499,6 @@ def _complete_from_outside(owner: int, namespace: int, steps: list[list[Any]]) -
     mounts.enter(owner, mounts.CLONE_NEWUSER)
     mounts.enter(namespace, mounts.CLONE_NEWNS)
     complete_root(steps, 0, 0)
-
-
-def complete_root(steps: list[list[Any]], uid: int, gid: int) -> None:
-    """Carry out `steps` below /newroot. What is made in the root's own tmpfs is made as `uid`, the only one it knows.
-
-    Steps: ["dir", path, mode] ["file", path, mode, contents] ["link", path, target] ["remove", path]
-    ["bind", source, path, attributes, recursive] ["tmpfs", path, attributes, options] ["attributes", path, attributes]
-    """
-    umask = os.umask(0)
-    acting = (0, 0)
-
-    def act(wanted: tuple[int, int]) -> None:
-        nonlocal acting
-        if wanted != acting:
-            mounts.act_as(*wanted)
-            acting = wanted
-
-    for step in steps:
-        kind = step[0]
-        path = _NEW_ROOT + b"/" + _raw(step[2] if kind == "bind" else step[1])
-        act((uid, gid) if kind in _IN_THE_ROOTS_TMPFS else (0, 0))
-        try:
-            match kind:
-                case "dir":
-                    os.mkdir(path, step[2])
-                case "file":
-                    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, step[2])
-                    with os.fdopen(descriptor, "wb") as file:
-                        file.write(_raw(step[3]))
-                case "link":
-                    os.symlink(_raw(step[2]), path)
-                case "remove":
-                    os.unlink(path)
-                case "bind":
-                    mounts.bind(_OLD_ROOT + _raw(step[1]), path, step[3], recursive=step[4])
-                case "tmpfs":
-                    mounts.tmpfs(path, step[2], step[3])
-                case "attributes":
-                    descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
-                    mounts.set_attributes(descriptor, step[2])
-                    os.close(descriptor)
-        except OSError as error:
-            where = os.fsdecode(path.removeprefix(_NEW_ROOT))
-            source = f" (from {step[1]})" if kind == "bind" else ""
-            raise OSError(f"cannot make {kind} {where}{source}: {error}") from error
-    act((0, 0))
-    os.umask(umask)
 
 
 def main() -> None:

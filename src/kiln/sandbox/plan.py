@@ -11,11 +11,10 @@ from enum import Enum
 from typing import TypeVar
 
 from kiln.build.model import BuildRequest
+from kiln.build.validate import is_within
 from kiln.castore.model import SymlinkNode
 
 T = TypeVar("T")
-
-CONTRACT = "kiln-contract-1"
 
 BUILD_UID = 1000
 BUILD_GID = 100
@@ -35,15 +34,6 @@ ETC_FILES: tuple[tuple[str, bytes], ...] = (
             b"nobody:x:65534:65534:Nobody:/:/noshell\n"
         ),
     ),
-)
-
-DEVICES = ("full", "null", "random", "tty", "urandom", "zero")
-DEVICE_LINKS = (
-    ("dev/fd", "/proc/self/fd"),
-    ("dev/ptmx", "pts/ptmx"),
-    ("dev/stderr", "/proc/self/fd/2"),
-    ("dev/stdin", "/proc/self/fd/0"),
-    ("dev/stdout", "/proc/self/fd/1"),
 )
 
 
@@ -156,11 +146,6 @@ class HostFacts:
     user_namespaces: bool = False
     devices: frozenset[str] = frozenset()
     """Those of `ro_paths` that are device nodes."""
-
-
-def is_within(path: str, ancestor: str) -> bool:
-    """Whether `path` is `ancestor` or below it; everything is below the root, the empty path."""
-    return ancestor in {"", path} or path.startswith(ancestor + "/")
 
 
 def parents(path: str) -> list[str]:

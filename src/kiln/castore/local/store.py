@@ -12,7 +12,7 @@ from threading import Event, Lock
 from typing import Literal, TypeVar
 
 from kiln.castore.checkout import check_contents, check_out, keep_tree
-from kiln.castore.dirfd import DIRECTORY, remove_tree
+from kiln.castore.dirfd import DIRECTORY, remove_path, remove_tree
 from kiln.castore.errors import (
     ContentMissing,
     DirectoryNotFound,
@@ -298,7 +298,7 @@ class LocalStore:
             walked = walker.walk(path, crew if workers and sys.executable else None)
             self._keep(walked, path, files, adopted=ownership.adopt)
             if adopt:
-                _remove(path)
+                remove_path(path)
             session = self._open_session()
             if self._strict or time.time() - session.since > _FLUSH_AFTER_S:
                 session.flush()
@@ -373,16 +373,6 @@ def _scheme(database: Database, path: str, wanted: Scheme | None, *, writable: b
     if wanted is not None and wanted.name != name:
         raise StoreSchemeDiffers(path, recorded=name, wanted=wanted.name)
     return SCHEMES[name]
-
-
-def _remove(path: str) -> None:
-    """Remove what was adopted, where a part of it is still there."""
-    parent, name = os.path.split(os.fsencode(path.rstrip("/")))
-    dir_fd = os.open(parent or b".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        remove_tree(name, dir_fd=dir_fd)
-    finally:
-        os.close(dir_fd)
 
 
 @contextmanager
